@@ -1,0 +1,6 @@
+"""The networks; importing this registers them in timm."""
+
+from timm_ham.models.network import ResidualNetwork
+from timm_ham.models.zoo import ARCHITECTURES, MODELS
+
+__all__ = ['ARCHITECTURES', 'MODELS', 'ResidualNetwork']

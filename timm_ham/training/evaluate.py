@@ -1,0 +1,44 @@
+"""Model and batches to metrics."""
+
+from dataclasses import dataclass
+from typing import Iterable, Tuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ['Metrics', 'evaluate']
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean cross entropy in nats, share of images whose largest logit is their class, number of images."""
+
+    loss: float
+    accuracy: float
+    images: int
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], accelerator: Accelerator
+) -> Metrics:
+    """Measure a model in eval mode; it is left in the mode that it was in.
+
+    Args:
+        model: Images (B, C, H, W) to logits (B, classes).
+        batches: Images and int64 labels (B,), this process's part of them.
+        accelerator: Adds up what all processes counted.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for images, labels in batches:
+        logits = model(images).float()
+        loss = F.cross_entropy(logits, labels, reduction='sum')
+        correct = (logits.argmax(1) == labels).sum()
+        totals += torch.stack([loss, correct, torch.tensor(len(labels), device=labels.device)])
+    model.train(was_training)
+    loss, correct, images = accelerator.reduce(totals, reduction='sum').tolist()
+    return Metrics(loss=loss / images, accuracy=correct / images, images=int(images))

@@ -1,0 +1,94 @@
+"""Recipes: all that decides how a run trains, as values. A named recipe is another one with some fields changed."""
+
+from dataclasses import dataclass, replace
+from typing import Dict, Literal, Optional, Tuple
+
+__all__ = ['RECIPES', 'Recipe']
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained. Each field is an option of `timm-ham train`."""
+
+    model: str = 'resnet20_ham'
+    """Name of a registered model, of timm's too."""
+    dataset: str = 'digits'
+    """digits, cifar10, cifar100, the id of a dataset on the Hugging Face Hub, or a local folder of parquet files."""
+    image_column: Optional[str] = None
+    """Column of the images; found by its type if not given."""
+    label_column: Optional[str] = None
+    """Column of the labels; found by its type if not given."""
+    holdout: float = 0.1
+    """Share of the training split that is kept out of training, for choosing anything. The same images for any seed."""
+    crop_padding: int = 4
+    """Pixels of zero padding around an image before a random crop of its size. 0: no crop."""
+    flip: bool = True
+    """Random horizontal flip."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images in a step, over all processes together."""
+    learning_rate: float = 0.1
+    """Peak learning rate of SGD."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay."""
+    decay_norm_and_bias: bool = False
+    """Weight decay also on biases, norms and other one-dimensional parameters."""
+    schedule: Literal['cosine', 'multistep'] = 'cosine'
+    """Learning rate over the epochs: to zero along a cosine, or divided at milestones."""
+    warmup_epochs: int = 0
+    """Epochs of linear warm-up before a cosine, counted in `epochs`."""
+    milestones: Tuple[int, ...] = ()
+    """Epochs after which `multistep` multiplies the learning rate by `decay_rate`."""
+    decay_rate: float = 0.2
+    """Factor at each milestone."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is measured and exported. 0: none."""
+    precision: Literal['auto', 'bf16', 'fp32'] = 'fp32'
+    """bf16: autocast to bfloat16. auto: bf16 where the processor computes in it, else fp32."""
+    channels_last: bool = False
+    """Keep feature maps in channels_last memory format."""
+    compile: bool = False
+    """Compile the training step with torch.compile (needs a C++ compiler on a CPU). Slow to start, then faster."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and their augmentation."""
+
+
+PAPER = Recipe(
+    dataset='cifar10',
+    holdout=0.0,
+    epochs=200,
+    batch_size=128,
+    learning_rate=0.1,
+    nesterov=False,
+    weight_decay=5e-4,
+    decay_norm_and_bias=True,
+    schedule='multistep',
+    milestones=(60, 120, 160),
+    decay_rate=0.2,
+)
+
+FAST = Recipe(
+    dataset='cifar10',
+    epochs=20,
+    batch_size=128,
+    learning_rate=0.2,
+    warmup_epochs=3,
+    label_smoothing=0.05,
+    precision='auto',
+    channels_last=True,
+)
+
+RECIPES: Dict[str, Recipe] = {
+    # Digits change their meaning when they are flipped.
+    'digits_quick': replace(FAST, dataset='digits', epochs=12, batch_size=64, flip=False),
+    # Section 4 of the paper, word by word.
+    'cifar_paper': PAPER,
+    'cifar_fast': FAST,
+}

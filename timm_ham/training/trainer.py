@@ -1,0 +1,278 @@
+"""Recipe to run folder: the training loop, on accelerate."""
+
+import difflib
+import math
+import os
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Dict, Optional
+
+import timm
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from timm_ham.errors import TimmHamError
+from timm_ham.models import MODELS
+from timm_ham.training.batches import TrainBatches, eval_batches
+from timm_ham.training.curves import draw_curves
+from timm_ham.training.data import DataInfo, load_splits
+from timm_ham.training.evaluate import Metrics, evaluate
+from timm_ham.training.recipes import Recipe
+from timm_ham.training.run import Run, checkpoint_epoch, environment
+
+__all__ = ['train']
+
+EVAL_BATCH = 500
+SHOW_EVERY = 10  # steps between looks at the loss, each of which waits for the device
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16, rather than emulating it."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()  # of x86 and of ARM
+    return device.type == 'cpu' and (able.get('avx512_bf16', False) or able.get('bf16', False))
+
+
+def build_model(recipe: Recipe, data: DataInfo) -> nn.Module:
+    """The recipe's model, untrained, with a class for each of the dataset's."""
+    if not timm.is_model(recipe.model):
+        near = difflib.get_close_matches(recipe.model, timm.list_models(), n=1)
+        hint = f', did you mean {near[0]!r}' if near else ''
+        raise TimmHamError(
+            f"unknown model {recipe.model!r}{hint}? Choose from {', '.join(MODELS)}, or any of timm's own models"
+        )
+    return timm.create_model(recipe.model, num_classes=len(data.label_names))
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD; timm leaves one-dimensional parameters without weight decay unless told not to."""
+    return create_optimizer_v2(
+        model,
+        opt='sgd' if recipe.nesterov else 'momentum',
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        filter_bias_and_bn=not recipe.decay_norm_and_bias,
+    )
+
+
+def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's scheduler, stepped at every update. Its state is the number of updates alone."""
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=recipe.schedule,
+        num_epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        decay_milestones=list(recipe.milestones),
+        decay_rate=recipe.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return schedule
+
+
+class Trainer:
+    """The state of one run: model, optimizer, schedule, data. `run` is its folder."""
+
+    def __init__(self, recipe: Recipe, run: Run):
+        self.recipe, self.run = recipe, run
+        bf16 = recipe.precision == 'bf16' or (recipe.precision == 'auto' and bf16_is_native(PartialState().device))
+        self.accelerator = Accelerator(mixed_precision='bf16' if bf16 else 'no')
+        set_seed(recipe.seed)
+        self.data, splits = load_splits(recipe.dataset, recipe.holdout, recipe.image_column, recipe.label_column)
+        self.splits = {name: split.to(self.accelerator.device) for name, split in splits.items()}
+        self.batches = TrainBatches(
+            self.splits['train'],
+            self.data.mean,
+            self.data.std,
+            min(recipe.batch_size, len(self.splits['train'])),
+            recipe.crop_padding,
+            recipe.flip,
+            recipe.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self._build()
+
+    def _build(self) -> None:
+        recipe = self.recipe
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        network = build_model(recipe, self.data).to(memory_format=self.memory_format)
+        self.model, self.optimizer = self.accelerator.prepare(network, build_optimizer(recipe, network))
+        self.schedule = build_schedule(recipe, self.optimizer, len(self.batches))
+        self.forward = torch.compile(self.model) if recipe.compile else self.model
+        self.ema: Optional[ModelEmaV3] = None
+        if recipe.ema_decay > 0:
+            network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=True)
+            self.accelerator.register_for_checkpointing(self.ema)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network that is measured and exported: the average of the weights if there is one."""
+        return self.ema.module if self.ema else self.accelerator.unwrap_model(self.model)
+
+    def resume(self) -> int:
+        """Load the last checkpoint, if any; returns the number of epochs done."""
+        done = 0
+        for checkpoint in self.run.checkpoints()[-1:]:
+            self.accelerator.load_state(str(checkpoint))
+            done = checkpoint_epoch(checkpoint)
+        self.schedule.step_update(done * len(self.batches))
+        return done
+
+    def save_checkpoint(self, epoch: int) -> None:
+        """Write the state after `epoch` epochs; it gets its name when it is whole, and then the one before goes."""
+        whole = self.run.checkpoint(epoch)
+        part = whole.with_name(whole.name + '.part')
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            os.replace(part, whole)
+            self.run.keep_last_checkpoint()
+
+    def train_epoch(self, epoch: int, bar: tqdm) -> Dict[str, float]:
+        """One pass over the training images; returns what metrics.jsonl says of it."""
+        self.model.train()
+        learning_rate = self.optimizer.param_groups[0]['lr']
+        totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        for step, (images, labels) in enumerate(self.batches.epoch(epoch)):
+            logits = self.forward(images.contiguous(memory_format=self.memory_format))
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            update = epoch * len(self.batches) + step + 1
+            self.schedule.step_update(update)
+            if self.ema:
+                self.ema.update(self.accelerator.unwrap_model(self.model), step=update)
+            with torch.no_grad():
+                correct = (logits.argmax(1) == labels).sum()
+                totals += torch.stack([loss * len(labels), correct, torch.tensor(len(labels), device=loss.device)])
+            bar.update(self.batches.batch_size)
+            if step % SHOW_EVERY == 0 or step == len(self.batches) - 1:
+                self._show(bar, epoch, totals)
+        loss, correct, images = self.accelerator.reduce(totals, reduction='sum').tolist()
+        return dict(learning_rate=learning_rate, train_loss=loss / images, train_accuracy=correct / images)
+
+    def _show(self, bar: tqdm, epoch: int, totals: torch.Tensor) -> None:
+        loss, correct, images = totals.tolist()
+        if not math.isfinite(loss):
+            raise TimmHamError(
+                f"the loss is {loss} in epoch {epoch + 1} at learning rate {self.optimizer.param_groups[0]['lr']:.4g}: "
+                'start again with a lower learning_rate, a longer warmup_epochs or precision fp32'
+            )
+        bar.set_postfix_str(
+            f'epoch {epoch + 1}/{self.recipe.epochs} loss {loss / images:.3f} acc {correct / images:.1%}', refresh=False
+        )
+
+    def measure(self, split: str) -> Metrics:
+        """Metrics of the trained network on a split, in the precision of the enclosing autocast, if any."""
+        batches = eval_batches(
+            self.splits[split],
+            self.data.mean,
+            self.data.std,
+            EVAL_BATCH,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return evaluate(self.trained, batches, self.accelerator)
+
+    def run_epoch(self, epoch: int, bar: tqdm) -> None:
+        """Train an epoch, measure the held-out part, write both down, draw, checkpoint."""
+        start = time.perf_counter()
+        line = {'epoch': epoch + 1, **self.train_epoch(epoch, bar)}
+        line['images_per_second'] = len(self.batches) * self.batches.batch_size / (time.perf_counter() - start)
+        if 'holdout' in self.splits:
+            with self.accelerator.autocast():
+                held_out = self.measure('holdout')
+            line.update(holdout_loss=held_out.loss, holdout_accuracy=held_out.accuracy)
+        line['seconds'] = time.perf_counter() - start
+        if self.accelerator.is_main_process:
+            lines = [*self.run.metrics()[:epoch], line]
+            self.run.write_metrics(lines)
+            draw_curves(lines, f'{self.recipe.model} on {self.data.name}', self.run.curves_file)
+            bar.write(describe_epoch(line, self.recipe.epochs))
+        self.save_checkpoint(epoch + 1)
+
+    def fit(self) -> None:
+        """Train the epochs that are not done yet."""
+        done = self.resume()
+        images = len(self.batches) * self.batches.batch_size
+        bar = tqdm(
+            total=images * self.recipe.epochs,
+            initial=images * done,
+            unit=' images',
+            unit_scale=True,
+            disable=None if self.accelerator.is_main_process else True,
+        )
+        with bar:
+            for epoch in range(done, self.recipe.epochs):
+                self.run_epoch(epoch, bar)
+
+    def finish(self) -> Metrics:
+        """Measure the test split, this once, in float32; write the weights and the results."""
+        if not self.ema:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        metrics = self.measure('test')
+        if self.accelerator.is_main_process:
+            state = {name: tensor.contiguous() for name, tensor in self.trained.state_dict().items()}
+            save_file(state, self.run.weights_file)
+            lines = self.run.metrics()
+            self.run.note(
+                results={
+                    'test': asdict(metrics),
+                    'epochs': self.recipe.epochs,
+                    'train_seconds': round(sum(line['seconds'] for line in lines), 1),
+                    'images_per_second': round(sorted(line['images_per_second'] for line in lines)[len(lines) // 2], 1),
+                    'parameters': sum(parameter.numel() for parameter in self.trained.parameters()),
+                    'precision': self.accelerator.mixed_precision,
+                }
+            )
+        return metrics
+
+
+def describe_epoch(line: Dict[str, float], epochs: int) -> str:
+    """A line of metrics.jsonl as a line for the terminal."""
+    held_out = f'   held-out {line["holdout_accuracy"]:.2%}' if 'holdout_accuracy' in line else ''
+    left = timedelta(seconds=round(line['seconds'] * (epochs - line['epoch'])))
+    return (
+        f'epoch {line["epoch"]}/{epochs}   lr {line["learning_rate"]:.4f}   loss {line["train_loss"]:.4f}   '
+        f'accuracy {line["train_accuracy"]:.2%}{held_out}   {line["images_per_second"]:.0f} images/s   left {left}'
+    )
+
+
+def train(recipe: Recipe, run: Run) -> Metrics:
+    """Train a recipe in the folder of a run, from its last checkpoint if there is one.
+
+    Args:
+        recipe: What to train and how.
+        run: Its folder, made by `run.create(recipe)`.
+
+    Returns:
+        Metrics of the test split after the last epoch.
+
+    Raises:
+        TimmHamError: If the model or dataset can't be had, the run is finished already, or the loss is not finite.
+    """
+    if 'results' in run.record():
+        raise TimmHamError(f'{run.folder} is finished: start a new run, or export it by timm-ham export {run.folder}')
+    trainer = Trainer(recipe, run)
+    if trainer.accelerator.is_main_process:
+        run.note(
+            data=asdict(trainer.data),
+            environment=environment(trainer.accelerator.num_processes, trainer.accelerator.device),
+        )
+    trainer.fit()
+    return trainer.finish()
