@@ -10,11 +10,13 @@ import warnings
 from pathlib import Path
 from typing import Dict, Iterator, Mapping
 
+import timm
 from timm.models import PretrainedCfg
+from torch import nn
 
 from timm_ham.errors import TimmHamError
 
-__all__ = ['CONFIG_FILE', 'HASH_KEY', 'WEIGHTS_FILE', 'bundled_cfgs', 'check_weights', 'hub_folders']
+__all__ = ['CONFIG_FILE', 'HASH_KEY', 'WEIGHTS_FILE', 'bundled_cfgs', 'check_weights', 'hub_folders', 'load_model']
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
@@ -84,3 +86,19 @@ def check_weights(weights: Path) -> None:
             f'{weights} is not the file that {config.name} beside it describes (SHA-256 differs): '
             'it is truncated or altered, get it again'
         )
+
+
+def load_model(name: str) -> nn.Module:
+    """A model with its weights, by registered name (`resnet20_ham.cifar10`) or by folder.
+
+    Raises:
+        TimmHamError: If there is no such model, or it has no weights, or they are not whole.
+    """
+    if (Path(name) / CONFIG_FILE).is_file():
+        return timm.create_model(f'local-dir:{name}', pretrained=True)
+    if name not in timm.list_pretrained() and not timm.models.is_model_pretrained(name):
+        ours = ', '.join(folder.name for folder in hub_folders())
+        raise TimmHamError(
+            f'no weights for {name!r}: choose from {ours}, a folder with {CONFIG_FILE}, or any pretrained model of timm'
+        )
+    return timm.create_model(name, pretrained=True)

@@ -40,7 +40,13 @@ class Split:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a run records about its dataset. `mean` and `std` are per channel, of pixel values scaled to [0, 1]."""
+    """What a run records about its dataset; no path of a person's machine is in it.
+
+    name: Short name: of DATASETS, else the last part of the Hub id or of the folder's path.
+    source: Where it came from, in words.
+    mean, std: Of each channel over the training images, pixel values scaled to [0, 1].
+    sizes: Images in each split.
+    """
 
     name: str
     source: str
@@ -71,23 +77,24 @@ def _digits() -> datasets.DatasetDict:
 DATASETS = {'digits': _digits, 'cifar10': 'uoft-cs/cifar10', 'cifar100': 'uoft-cs/cifar100'}
 
 
-def open_dataset(name: str) -> Tuple[str, datasets.DatasetDict]:
-    """Open a dataset by short name, Hub id or local folder; returns the short name for it and its splits, undecoded.
+def open_dataset(name: str) -> Tuple[str, str, datasets.DatasetDict]:
+    """Open a dataset by short name, Hub id or local folder; returns DataInfo's name and source, and its splits.
 
     Raises:
         TimmHamError: If nothing of that name is found.
     """
     source = DATASETS.get(name, name)
     if callable(source):
-        return name, source()
-    short = Path(source).name if name not in DATASETS else name
+        return name, 'scikit-learn', source()
+    short = Path(source).resolve().name if name not in DATASETS else name
     if name not in DATASETS and not Path(source).is_dir() and source.count('/') != 1:
         raise TimmHamError(
             f'unknown dataset {name!r}: choose from {", ".join(DATASETS)}, the id of a dataset on the Hub '
             '(owner/name), or a local folder of parquet files'
         )
     try:
-        return short, datasets.load_dataset(source)
+        where = 'a local folder' if Path(source).is_dir() else f'{source} on the Hugging Face Hub'
+        return short, where, datasets.load_dataset(source)
     except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split('\n')[0]
         raise TimmHamError(
@@ -197,7 +204,7 @@ def load_splits(
     """
     if not 0 <= holdout < 1:
         raise TimmHamError(f'holdout is {holdout}, but must be at least 0 and less than 1')
-    short_name, opened = open_dataset(name)
+    short_name, source, opened = open_dataset(name)
     if 'train' not in opened:
         raise TimmHamError(f'dataset {name!r} has no train split, only {", ".join(opened)}: add one')
     train = opened['train']
@@ -217,7 +224,7 @@ def load_splits(
     mean, std = _channel_statistics(decoded['train'].images)
     info = DataInfo(
         name=short_name,
-        source=name if callable(DATASETS.get(name)) else DATASETS.get(name, name),
+        source=source,
         image_column=image_column,
         label_column=label_column,
         label_names=label_names,

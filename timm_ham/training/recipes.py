@@ -1,9 +1,11 @@
 """Recipes: all that decides how a run trains, as values. A named recipe is another one with some fields changed."""
 
-from dataclasses import dataclass, replace
-from typing import Dict, Literal, Optional, Tuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Dict, Literal, Optional, Tuple
 
-__all__ = ['RECIPES', 'Recipe']
+from timm_ham.errors import TimmHamError
+
+__all__ = ['RECIPES', 'Recipe', 'changes', 'named_recipe']
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ PAPER = Recipe(
 
 FAST = Recipe(
     dataset='cifar10',
-    epochs=20,
+    epochs=25,
     batch_size=128,
     learning_rate=0.2,
     warmup_epochs=3,
@@ -92,3 +94,20 @@ RECIPES: Dict[str, Recipe] = {
     'cifar_paper': PAPER,
     'cifar_fast': FAST,
 }
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        TimmHamError: If there is none.
+    """
+    if name not in RECIPES:
+        raise TimmHamError(f'unknown recipe {name!r}: choose from {", ".join(RECIPES)}')
+    return RECIPES[name]
+
+
+def changes(recipe: Recipe, name: str) -> Dict[str, Any]:
+    """The fields in which a recipe differs from the named one."""
+    named = asdict(named_recipe(name))
+    return {field: value for field, value in asdict(recipe).items() if value != named[field]}

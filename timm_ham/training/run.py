@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -111,8 +110,8 @@ class Run:
     def weights_file(self) -> Path:
         return self.folder / 'model.safetensors'
 
-    def create(self, recipe: Recipe) -> None:
-        """Make the folder and note the recipe.
+    def create(self, recipe: Recipe, recipe_name: str) -> None:
+        """Make the folder and note the recipe, with the name of the one that it was made from.
 
         Raises:
             TimmHamError: If the folder exists.
@@ -123,7 +122,7 @@ class Run:
             raise TimmHamError(
                 f'{self.folder} exists: go on with it by --resume {self.folder}, or name another folder by --run'
             ) from None
-        _write_json(self.record_file, {'recipe': asdict(recipe), 'command': [Path(sys.argv[0]).name, *sys.argv[1:]]})
+        _write_json(self.record_file, {'recipe_name': recipe_name, 'recipe': asdict(recipe)})
 
     def record(self) -> Dict[str, Any]:
         """All that run.json holds.

@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -203,7 +204,7 @@ class Trainer:
             lines = [*self.run.metrics()[:epoch], line]
             self.run.write_metrics(lines)
             draw_curves(lines, f'{self.recipe.model} on {self.data.name}', self.run.curves_file)
-            bar.write(describe_epoch(line, self.recipe.epochs))
+            bar.write(describe_epoch(line, self.recipe.epochs), file=sys.stderr)
         self.save_checkpoint(epoch + 1)
 
     def fit(self) -> None:

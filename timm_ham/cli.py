@@ -1,0 +1,146 @@
+"""The command line: `timm-ham train | evaluate | export`. `timm-ham <command> --help` names every option."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Annotated, Callable, Dict, Literal, Optional, Sequence
+
+import tyro
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from timm_ham.errors import TimmHamError
+from timm_ham.models.weights import load_model
+from timm_ham.publishing.export import export
+from timm_ham.training.batches import eval_batches
+from timm_ham.training.data import load_splits
+from timm_ham.training.evaluate import evaluate
+from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
+from timm_ham.training.run import Run, new_run_folder
+from timm_ham.training.trainer import train
+
+__all__ = ['main']
+
+DEFAULT_RECIPE = 'digits_quick'
+
+
+def train_command(recipe_name: str) -> Callable[..., None]:
+    """The function behind `timm-ham train`, whose options default to the fields of the named recipe."""
+    named = named_recipe(recipe_name)
+
+    def command(
+        options: Annotated[Recipe, tyro.conf.arg(name='')] = named,
+        recipe: str = recipe_name,
+        run: Optional[Path] = None,
+        resume: Optional[Path] = None,
+    ) -> None:
+        """Train a model; leave a run folder and, in it, the folder that timm loads and the Hub takes.
+
+        Args:
+            options: Fields of the recipe; the values shown are those of the recipe named by --recipe.
+            recipe: Named recipe to start from: digits_quick, cifar_paper or cifar_fast.
+            run: Folder for the run, a new one; runs/<model>.<recipe> if not given.
+            resume: Folder of a run to go on with, from its last finished epoch, by its own recipe.
+        """
+        state = PartialState()
+        if resume:
+            if options != named or run:
+                raise TimmHamError(f'--resume goes on by the recipe of {resume}: leave the other options out')
+            started = Run(resume)
+        else:
+            started = Run(Path(broadcast_object_list([str(run or new_run_folder(options, recipe))])[0]))
+            if state.is_main_process:
+                started.create(options, recipe)
+            state.wait_for_everyone()
+        try:
+            metrics = train(started.recipe(), started)
+        except KeyboardInterrupt:
+            if state.is_main_process:
+                print(f'\nstopped: go on by timm-ham train --resume {started.folder}', file=sys.stderr)
+            sys.exit(130)
+        if state.is_main_process:
+            folder = export(started, started.folder)
+            print(f'test accuracy  {metrics.accuracy:.2%} of {metrics.images} images, after the last epoch')
+            print(f'curves         {started.curves_file}')
+            print(f'weights        {folder}/, read back by timm: the logits are identical')
+            print(f"load           timm.create_model('local-dir:{folder}', pretrained=True)")
+            print(f'register       timm-ham export {started.folder}')
+
+    return command
+
+
+def evaluate_command(
+    model: Annotated[str, tyro.conf.Positional],
+    /,
+    dataset: str = 'digits',
+    split: Literal['test', 'train'] = 'test',
+    batch_size: int = 500,
+    image_column: Optional[str] = None,
+    label_column: Optional[str] = None,
+) -> None:
+    """Measure weights on a dataset, in float32.
+
+    Args:
+        model: Name of pretrained weights, such as resnet20_ham.cifar10, or a folder with config.json.
+        dataset: digits, cifar10, cifar100, the id of a dataset on the Hub, or a local folder of parquet files.
+        split: Images to measure on.
+        batch_size: Images in a batch.
+        image_column: Column of the images; found by its type if not given.
+        label_column: Column of the labels; found by its type if not given.
+    """
+    network = load_model(model)
+    data, splits = load_splits(dataset, image_column=image_column, label_column=label_column)
+    if network.num_classes != len(data.label_names):
+        raise TimmHamError(
+            f'{model} has {network.num_classes} classes, but {dataset} has {len(data.label_names)}: '
+            'choose the dataset that it was trained on'
+        )
+    accelerator = Accelerator()
+    cfg = network.pretrained_cfg
+    batches = eval_batches(
+        splits[split].to(accelerator.device),
+        cfg['mean'],
+        cfg['std'],
+        batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    metrics = evaluate(network.to(accelerator.device), batches, accelerator)
+    accelerator.print(f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images')
+
+
+def export_command(
+    run: Annotated[Path, tyro.conf.Positional],
+    /,
+    hub: Path = Path('hub'),
+    tag: Optional[str] = None,
+    overwrite: bool = False,
+) -> None:
+    """Put a finished run into hub/<model>.<tag>/, where `import timm_ham` finds and registers it.
+
+    Args:
+        run: Folder of the run.
+        hub: Folder that holds the folders of weights.
+        tag: What the weights are of; the dataset's name if not given.
+        overwrite: Replace a folder of that name.
+    """
+    print(f'exported to {export(Run(run), hub, tag, overwrite)}/')
+
+
+def commands(recipe_name: str) -> Dict[str, Callable[..., None]]:
+    """The commands by name."""
+    return {'train': train_command(recipe_name), 'evaluate': evaluate_command, 'export': export_command}
+
+
+def main(args: Optional[Sequence[str]] = None) -> None:
+    """Run a command. A TimmHamError is printed as one line, with exit status 1."""
+    args = list(sys.argv[1:] if args is None else args)
+    # The recipe is needed before the rest is parsed: its values are the defaults of the other options.
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument('--recipe', default=DEFAULT_RECIPE)
+    try:
+        chosen = commands(finder.parse_known_args(args)[0].recipe)
+        tyro.extras.subcommand_cli_from_dict(chosen, prog='timm-ham', description=__doc__, args=args)
+    except TimmHamError as error:
+        print(f'timm-ham: {error}', file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,99 @@
+"""A finished run to a folder as the Hugging Face Hub holds it, which timm loads."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from timm_ham.errors import TimmHamError
+from timm_ham.models.weights import HASH_KEY, WEIGHTS_FILE, load_model
+from timm_ham.publishing.card import model_card
+from timm_ham.training.run import Run
+
+__all__ = ['export']
+
+
+def export(run: Run, parent: Path, tag: Optional[str] = None, overwrite: bool = False) -> Path:
+    """Write `<parent>/<model>.<tag>/`: weights, config, model card, and the run's record.
+
+    The folder is read back through `timm.create_model` and has to give the same logits, bit for bit, before it is put
+    in place.
+
+    Args:
+        run: A finished run.
+        parent: Folder to put it in.
+        tag: What the weights are of; the dataset's name if None.
+        overwrite: Replace a folder of that name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TimmHamError: If the run is not finished, or the folder exists.
+    """
+    record = run.record()
+    if 'results' not in record:
+        raise TimmHamError(f'{run.folder} is not finished: go on with it by timm-ham train --resume {run.folder}')
+    folder = parent / f'{record["recipe"]["model"]}.{tag or record["data"]["name"]}'
+    if folder.exists() and not overwrite:
+        raise TimmHamError(f'{folder} exists: replace it by --overwrite, or choose another --tag')
+    parent.mkdir(parents=True, exist_ok=True)
+    model = _trained_model(run, folder.name.partition('.')[2])
+    record = _public(record)
+    with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as temporary:
+        part = Path(temporary) / folder.name
+        _write_weights(model, part)
+        (part / 'run.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+        shutil.copy(run.metrics_file, part)
+        shutil.copy(run.curves_file, part)
+        model_card(folder.name, record, run.metrics()).save(part / 'README.md')
+        _check_reload(model, part)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    return folder
+
+
+def _public(record: Dict[str, Any]) -> Dict[str, Any]:
+    """The record without the path of a local dataset, which is nobody else's business."""
+    return {**record, 'recipe': {**record['recipe'], 'dataset': record['data']['name']}}
+
+
+def _trained_model(run: Run, tag: str) -> nn.Module:
+    """The run's model, with its weights, described as timm wants it."""
+    data = run.data()
+    model = timm.create_model(run.recipe().model, num_classes=len(data.label_names))
+    safetensors.torch.load_model(model, run.weights_file)
+    model.pretrained_cfg.update(
+        tag=tag,
+        num_classes=len(data.label_names),
+        label_names=data.label_names,
+        input_size=(3, *data.image_size),
+        pool_size=None,
+        crop_pct=1.0,
+        mean=data.mean,
+        std=data.std,
+        license='apache-2.0',
+    )
+    return model.eval()
+
+
+def _write_weights(model: nn.Module, folder: Path) -> None:
+    digest = hashlib.sha256(safetensors.torch.save(model.state_dict())).hexdigest()
+    labels = list(model.pretrained_cfg.pop('label_names'))  # timm keeps them at the root of the config
+    save_for_hf(model, folder, model_config={'label_names': labels, HASH_KEY: digest}, safe_serialization=True)
+
+
+@torch.inference_mode()
+def _check_reload(model: nn.Module, folder: Path) -> None:
+    images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    if not torch.equal(load_model(str(folder)).eval()(images), model(images)):
+        raise RuntimeError(f'{folder / WEIGHTS_FILE} does not give back the logits it was written from')
