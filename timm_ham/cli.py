@@ -12,12 +12,12 @@ from accelerate.utils import broadcast_object_list
 from timm_ham.errors import TimmHamError
 from timm_ham.models.weights import load_model
 from timm_ham.publishing.export import export
+from timm_ham.training import trainer
 from timm_ham.training.batches import eval_batches
 from timm_ham.training.data import load_splits
 from timm_ham.training.evaluate import evaluate
-from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
+from timm_ham.training.recipes import Recipe, named_recipe
 from timm_ham.training.run import Run, new_run_folder
-from timm_ham.training.trainer import train
 
 __all__ = ['main']
 
@@ -25,7 +25,7 @@ DEFAULT_RECIPE = 'digits_quick'
 
 
 def train_command(recipe_name: str) -> Callable[..., None]:
-    """The function behind `timm-ham train`, whose options default to the fields of the named recipe."""
+    """`timm-ham train`, its options defaulting to the fields of the named recipe."""
     named = named_recipe(recipe_name)
 
     def command(
@@ -42,18 +42,13 @@ def train_command(recipe_name: str) -> Callable[..., None]:
             run: Folder for the run, a new one; runs/<model>.<recipe> if not given.
             resume: Folder of a run to go on with, from its last finished epoch, by its own recipe.
         """
+        if resume and (options != named or run):
+            raise TimmHamError(f'--resume goes on by the recipe of {resume}: leave the other options out')
         state = PartialState()
-        if resume:
-            if options != named or run:
-                raise TimmHamError(f'--resume goes on by the recipe of {resume}: leave the other options out')
-            started = Run(resume)
-        else:
-            started = Run(Path(broadcast_object_list([str(run or new_run_folder(options, recipe))])[0]))
-            if state.is_main_process:
-                started.create(options, recipe)
-            state.wait_for_everyone()
+        folder = resume or run or new_run_folder(options, recipe)
+        started = Run(Path(broadcast_object_list([str(folder)])[0]))
         try:
-            metrics = train(started.recipe(), started)
+            metrics = trainer.resume(started) if resume else trainer.train(options, recipe, started)
         except KeyboardInterrupt:
             if state.is_main_process:
                 print(f'\nstopped: go on by timm-ham train --resume {started.folder}', file=sys.stderr)
@@ -106,7 +101,9 @@ def evaluate_command(
         accelerator.num_processes,
     )
     metrics = evaluate(network.to(accelerator.device), batches, accelerator)
-    accelerator.print(f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images')
+    accelerator.print(
+        f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images'
+    )
 
 
 def export_command(

@@ -97,8 +97,10 @@ def load_model(name: str) -> nn.Module:
     if (Path(name) / CONFIG_FILE).is_file():
         return timm.create_model(f'local-dir:{name}', pretrained=True)
     if name not in timm.list_pretrained() and not timm.models.is_model_pretrained(name):
-        ours = ', '.join(folder.name for folder in hub_folders())
-        raise TimmHamError(
-            f'no weights for {name!r}: choose from {ours}, a folder with {CONFIG_FILE}, or any pretrained model of timm'
-        )
+        choices = [
+            *(folder.name for folder in hub_folders()),
+            f'a folder with {CONFIG_FILE}',
+            'any pretrained model of timm',
+        ]
+        raise TimmHamError(f'no weights for {name!r}: choose from {", ".join(choices)}')
     return timm.create_model(name, pretrained=True)

@@ -1,0 +1,1 @@
+"""Runs to folders as the Hugging Face Hub holds them."""

@@ -8,12 +8,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm_ham.training.data import DATASETS
 from timm_ham.training.recipes import Recipe, changes
 
-__all__ = ['model_card', 'train_command']
+__all__ = ['command_line', 'model_card']
 
 TEMPLATE = Path(__file__).with_name('card.md')
 
 
-def train_command(recipe: Recipe, recipe_name: str) -> str:
+def command_line(recipe: Recipe, recipe_name: str) -> str:
     """The command that trains a recipe: its name, and an option for each field that was changed."""
     words = ['timm-ham train --recipe', recipe_name]
     for field, value in changes(recipe, recipe_name).items():
@@ -63,11 +63,11 @@ def model_card(name: str, record: Dict[str, Any], metrics: List[Dict[str, float]
         template_path=str(TEMPLATE),
         name=name,
         recipe=recipe,
-        command=train_command(recipe, record['recipe_name']),
+        command=command_line(recipe, record['recipe_name']),
         record=record,
         data=data,
         results=results,
-        environment=record['environment'],
+        starts=record['starts'],
         accuracy=accuracy,
         held_out=metrics[-1].get('holdout_accuracy'),
     )

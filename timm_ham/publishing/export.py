@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -77,7 +78,7 @@ def _trained_model(run: Run, tag: str) -> nn.Module:
         num_classes=len(data.label_names),
         label_names=data.label_names,
         input_size=(3, *data.image_size),
-        pool_size=None,
+        pool_size=tuple(math.ceil(size / model.feature_info[-1]['reduction']) for size in data.image_size),
         crop_pct=1.0,
         mean=data.mean,
         std=data.std,

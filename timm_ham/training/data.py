@@ -144,7 +144,9 @@ def _decode_images(split: datasets.Dataset, name: str, column: str) -> torch.Ten
         try:
             pixels = np.asarray(decoder.decode_example(encoded).convert('RGB'))
         except (OSError, SyntaxError, TypeError, ValueError) as error:
-            raise TimmHamError(f'image {row} of split {name!r} can not be read ({error}): replace or remove it') from error
+            raise TimmHamError(
+                f'image {row} of split {name!r} can not be read ({error}): replace or remove it'
+            ) from error
         if images is None:
             images = np.empty((len(split), *pixels.shape), dtype=np.uint8)
         if pixels.shape != images.shape[1:]:
@@ -170,7 +172,9 @@ def _decode_labels(split: datasets.Dataset, name: str, column: str, classes: Dic
 
 def _channel_statistics(images: torch.Tensor) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
     """Mean and standard deviation of each channel, pixels scaled to [0, 1], from exact histograms."""
-    histogram = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(-1)]).double()
+    histogram = torch.stack(
+        [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(-1)]
+    ).double()
     share = histogram / histogram.sum(1, keepdim=True)  # C 256
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ values
@@ -243,5 +247,7 @@ def _hold_out(train: Split, share: float) -> Tuple[Split, Split]:
             np.arange(len(train)), test_size=share, stratify=train.labels.numpy(), random_state=SPLIT_SEED
         )
     except ValueError as error:
-        raise TimmHamError(f'can not hold out {share} of {len(train)} training images ({error}): change holdout') from error
+        raise TimmHamError(
+            f'can not hold out {share} of {len(train)} training images ({error}): change holdout'
+        ) from error
     return tuple(Split(train.images[part], train.labels[part]) for part in (np.sort(kept), np.sort(held)))

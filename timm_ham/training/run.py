@@ -1,10 +1,10 @@
 """A run's folder: what was asked for, where it ran, what came out.
 
-    run.json            recipe, dataset, environment, and the results once it is finished
-    metrics.jsonl       a line for each epoch
-    curves.png          the same as a picture
-    checkpoint-<n>/     the state after n epochs, to go on from
-    model.safetensors   the final weights
+run.json            recipe, dataset, environment of each start, and the results once it is finished
+metrics.jsonl       a line for each epoch
+curves.png          the same as a picture
+checkpoint-<n>/     the state after n epochs, to go on from
+model.safetensors   the final weights
 """
 
 import json
@@ -45,7 +45,7 @@ def environment(processes: int, device: torch.device) -> Dict[str, Any]:
     if device.type == 'cuda':
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f'{_cpu_name()}, {torch.get_num_threads()} threads'
+        hardware = f'{_cpu_name()}, threads: {torch.get_num_threads()}'
     return {
         'started': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'python': platform.python_version(),
@@ -96,33 +96,38 @@ class Run:
 
     @property
     def record_file(self) -> Path:
+        """What was asked for, where it ran, what came out."""
         return self.folder / 'run.json'
 
     @property
     def metrics_file(self) -> Path:
+        """A JSON line for each epoch."""
         return self.folder / 'metrics.jsonl'
 
     @property
     def curves_file(self) -> Path:
+        """The picture of the metrics."""
         return self.folder / 'curves.png'
 
     @property
     def weights_file(self) -> Path:
+        """The final weights."""
         return self.folder / 'model.safetensors'
 
-    def create(self, recipe: Recipe, recipe_name: str) -> None:
-        """Make the folder and note the recipe, with the name of the one that it was made from.
-
-        Raises:
-            TimmHamError: If the folder exists.
-        """
-        try:
-            self.folder.mkdir(parents=True)
-        except FileExistsError:
+    def check_new(self) -> None:
+        """Raise a TimmHamError if the folder exists."""
+        if self.folder.exists():
             raise TimmHamError(
                 f'{self.folder} exists: go on with it by --resume {self.folder}, or name another folder by --run'
-            ) from None
-        _write_json(self.record_file, {'recipe_name': recipe_name, 'recipe': asdict(recipe)})
+            )
+
+    def create(self, recipe: Recipe, recipe_name: str, data: DataInfo) -> None:
+        """Make the folder and note what will be trained; `recipe_name` is the recipe that `recipe` was made from."""
+        self.check_new()
+        self.folder.mkdir(parents=True)
+        _write_json(
+            self.record_file, {'recipe_name': recipe_name, 'recipe': asdict(recipe), 'data': asdict(data), 'starts': []}
+        )
 
     def record(self) -> Dict[str, Any]:
         """All that run.json holds.
@@ -145,7 +150,7 @@ class Run:
         return Recipe(**{**values, 'milestones': tuple(values['milestones'])})
 
     def data(self) -> DataInfo:
-        """The facts about the dataset; there once training has begun."""
+        """The facts about the dataset."""
         values = self.record()['data']
         return DataInfo(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 

@@ -31,7 +31,7 @@ from timm_ham.training.evaluate import Metrics, evaluate
 from timm_ham.training.recipes import Recipe
 from timm_ham.training.run import Run, checkpoint_epoch, environment
 
-__all__ = ['train']
+__all__ = ['resume', 'train']
 
 EVAL_BATCH = 500
 SHOW_EVERY = 10  # steps between looks at the loss, each of which waits for the device
@@ -171,7 +171,7 @@ class Trainer:
         loss, correct, images = totals.tolist()
         if not math.isfinite(loss):
             raise TimmHamError(
-                f"the loss is {loss} in epoch {epoch + 1} at learning rate {self.optimizer.param_groups[0]['lr']:.4g}: "
+                f'the loss is {loss} in epoch {epoch + 1} at learning rate {self.optimizer.param_groups[0]["lr"]:.4g}: '
                 'start again with a lower learning_rate, a longer warmup_epochs or precision fp32'
             )
         bar.set_postfix_str(
@@ -249,31 +249,50 @@ def describe_epoch(line: Dict[str, float], epochs: int) -> str:
     held_out = f'   held-out {line["holdout_accuracy"]:.2%}' if 'holdout_accuracy' in line else ''
     left = timedelta(seconds=round(line['seconds'] * (epochs - line['epoch'])))
     return (
-        f'epoch {line["epoch"]}/{epochs}   lr {line["learning_rate"]:.4f}   loss {line["train_loss"]:.4f}   '
+        f'epoch {line["epoch"]}/{epochs}   lr {line["learning_rate"]:.4g}   loss {line["train_loss"]:.4f}   '
         f'accuracy {line["train_accuracy"]:.2%}{held_out}   {line["images_per_second"]:.0f} images/s   left {left}'
     )
 
 
-def train(recipe: Recipe, run: Run) -> Metrics:
-    """Train a recipe in the folder of a run, from its last checkpoint if there is one.
+def train(recipe: Recipe, recipe_name: str, run: Run) -> Metrics:
+    """Train a recipe in a new run folder, made once data and model are there.
 
     Args:
         recipe: What to train and how.
-        run: Its folder, made by `run.create(recipe)`.
+        recipe_name: Key in RECIPES of what it was made from.
+        run: The run, whose folder must not exist.
 
     Returns:
         Metrics of the test split after the last epoch.
 
     Raises:
-        TimmHamError: If the model or dataset can't be had, the run is finished already, or the loss is not finite.
+        TimmHamError: If the folder exists, the model or dataset can't be had, or the loss is not finite.
+    """
+    run.check_new()
+    trainer = Trainer(recipe, run)
+    if trainer.accelerator.is_main_process:
+        run.create(recipe, recipe_name, trainer.data)
+    return _fit_and_measure(trainer)
+
+
+def resume(run: Run) -> Metrics:
+    """Go on with a run by its own recipe, from its last checkpoint.
+
+    Returns:
+        Metrics of the test split after the last epoch.
+
+    Raises:
+        TimmHamError: If there is no such run, or it is finished, or as in `train`.
     """
     if 'results' in run.record():
         raise TimmHamError(f'{run.folder} is finished: start a new run, or export it by timm-ham export {run.folder}')
-    trainer = Trainer(recipe, run)
-    if trainer.accelerator.is_main_process:
-        run.note(
-            data=asdict(trainer.data),
-            environment=environment(trainer.accelerator.num_processes, trainer.accelerator.device),
-        )
+    return _fit_and_measure(Trainer(run.recipe(), run))
+
+
+def _fit_and_measure(trainer: Trainer) -> Metrics:
+    accelerator, run = trainer.accelerator, trainer.run
+    if accelerator.is_main_process:
+        run.note(starts=[*run.record()['starts'], environment(accelerator.num_processes, accelerator.device)])
+    accelerator.wait_for_everyone()
     trainer.fit()
     return trainer.finish()
