@@ -141,3 +141,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     except TimmHamError as error:
         print(f'timm-ham: {error}', file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()

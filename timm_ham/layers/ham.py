@@ -143,6 +143,7 @@ class HybridAttention(nn.Module):
         return s1, s2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to the same shape, dtype and memory format."""
         logits = self.channel_logits(x)
         refined = logits.sigmoid().to(x.dtype)[:, :, None, None] * x  # F', Eq. 1
         important = self.separate(logits).to(x.dtype)[:, :, None, None]
@@ -151,4 +152,5 @@ class HybridAttention(nn.Module):
         return s1 * f1 + s2 * f2  # Eq. 3-4
 
     def extra_repr(self) -> str:
+        """What print shows in the brackets."""
         return f'{self.channels}, important_channels={self.important_channels}'

@@ -39,9 +39,11 @@ class ZeroPadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the class says."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
     def extra_repr(self) -> str:
+        """What print shows in the brackets."""
         return f'new_channels={self.new_channels}, stride={self.stride}'
 
 
@@ -252,4 +254,5 @@ class ResidualNetwork(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))

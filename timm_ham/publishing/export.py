@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -38,16 +39,19 @@ def export(run: Run, parent: Path, tag: Optional[str] = None, overwrite: bool = 
         The folder.
 
     Raises:
-        TimmHamError: If the run is not finished, or the folder exists.
+        TimmHamError: If the run is not finished, the folder exists, or the tag can't be part of its name.
     """
     record = run.record()
     if 'results' not in record:
         raise TimmHamError(f'{run.folder} is not finished: go on with it by timm-ham train --resume {run.folder}')
-    folder = parent / f'{record["recipe"]["model"]}.{tag or record["data"]["name"]}'
+    tag = re.sub(r'[^\w-]+', '_', record['data']['name']) if tag is None else tag
+    if not re.fullmatch(r'[\w-]+', tag):
+        raise TimmHamError(f'tag {tag!r} may hold letters, digits, _ and - only: choose another --tag')
+    folder = parent / f'{record["recipe"]["model"]}.{tag}'
     if folder.exists() and not overwrite:
         raise TimmHamError(f'{folder} exists: replace it by --overwrite, or choose another --tag')
     parent.mkdir(parents=True, exist_ok=True)
-    model = _trained_model(run, folder.name.partition('.')[2])
+    model = _trained_model(run, tag)
     record = _public(record)
     with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as temporary:
         part = Path(temporary) / folder.name

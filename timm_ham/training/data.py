@@ -98,8 +98,8 @@ def open_dataset(name: str) -> Tuple[str, str, datasets.DatasetDict]:
     except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split('\n')[0]
         raise TimmHamError(
-            f'dataset {name!r} could not be opened ({reason}): check the name and the network, or give a local folder '
-            'of parquet files'
+            f'dataset {name!r} could not be opened ({reason}): check the name, the network and the files, or give '
+            'another local folder of parquet files'
         ) from error
 
 
@@ -139,11 +139,14 @@ def _class_indices(train: datasets.Dataset, label_column: str) -> Tuple[Tuple[st
 def _decode_images(split: datasets.Dataset, name: str, column: str) -> torch.Tensor:
     decoder = datasets.Image()
     images = None
-    stored = split.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    try:
+        stored = split.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise TimmHamError(f'column {column!r} does not hold images: name another with --image-column') from error
     for row, encoded in enumerate(chain.from_iterable(batch[column] for batch in stored.iter(1000))):
         try:
             pixels = np.asarray(decoder.decode_example(encoded).convert('RGB'))
-        except (OSError, SyntaxError, TypeError, ValueError) as error:
+        except (AttributeError, OSError, SyntaxError, TypeError, ValueError) as error:
             raise TimmHamError(
                 f'image {row} of split {name!r} can not be read ({error}): replace or remove it'
             ) from error

@@ -43,7 +43,7 @@ class Recipe:
     schedule: Literal['cosine', 'multistep'] = 'cosine'
     """Learning rate over the epochs: to zero along a cosine, or divided at milestones."""
     warmup_epochs: int = 0
-    """Epochs of linear warm-up before a cosine, counted in `epochs`."""
+    """Epochs in which a linear warm-up takes the place of the cosine's beginning."""
     milestones: Tuple[int, ...] = ()
     """Epochs after which `multistep` multiplies the learning rate by `decay_rate`."""
     decay_rate: float = 0.2

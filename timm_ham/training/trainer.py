@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -70,17 +70,21 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
     """timm's scheduler, stepped at every update. Its state is the number of updates alone."""
-    schedule, _ = create_scheduler_v2(
+    if recipe.schedule == 'multistep':
+        return MultiStepLRScheduler(
+            optimizer,
+            # NOTE timm's scheduler decays one update before the milestone.
+            decay_t=[milestone * steps_per_epoch + 1 for milestone in recipe.milestones],
+            decay_rate=recipe.decay_rate,
+            t_in_epochs=False,
+        )
+    return CosineLRScheduler(
         optimizer,
-        sched=recipe.schedule,
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        decay_milestones=list(recipe.milestones),
-        decay_rate=recipe.decay_rate,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
+        t_initial=recipe.epochs * steps_per_epoch,
+        warmup_t=recipe.warmup_epochs * steps_per_epoch,
+        warmup_lr_init=1e-5,
+        t_in_epochs=False,
     )
-    return schedule
 
 
 class Trainer:

@@ -1,0 +1,62 @@
+"""What several test files need: real and made-up data, a clean accelerate for each test."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+CIFAR10 = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'cifar10'
+
+
+@pytest.fixture
+def cifar10():
+    """A folder with CIFAR-10 as parquet; the test is skipped where there is none."""
+    if not CIFAR10.is_dir():
+        pytest.skip('CIFAR-10 is not on this machine')
+    return CIFAR10
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """accelerate keeps its state for the life of a process, but each test, and each call of this, is a new start."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    yield reset
+    reset()
+
+
+def make_dataset(images, labels, names=('cat', 'dog'), image_column='image', label_column='label'):
+    features = datasets.Features({image_column: datasets.Image(), label_column: datasets.ClassLabel(names=list(names))})
+    return datasets.Dataset.from_dict({image_column: images, label_column: labels}, features=features)
+
+
+def random_images(count, size=(8, 8), mode='RGB', seed=0):
+    """PIL images of noise."""
+    channels = {'RGB': 3, 'RGBA': 4}.get(mode)
+    shape = (count, *size, channels) if channels else (count, *size)
+    return [Image.fromarray(pixels) for pixels in np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)]
+
+
+def save_parquet(folder, **splits):
+    """Write datasets as `<split>.parquet`, which `load_dataset(folder)` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, dataset in splits.items():
+        dataset.to_parquet(folder / f'{split}-00000-of-00001.parquet')
+    return folder
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """Two classes of 8x8 images that brightness tells apart, 192 for training and 16 for the test."""
+
+    def split(count, seed):
+        labels = [i % 2 for i in range(count)]
+        pixels = np.random.default_rng(seed).integers(0, 128, (count, 8, 8, 3), dtype=np.uint8)
+        return make_dataset([Image.fromarray(p + np.uint8(128 * y)) for p, y in zip(pixels, labels)], labels)
+
+    return save_parquet(tmp_path / 'tiny', train=split(192, 0), test=split(16, 1))
