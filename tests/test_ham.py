@@ -297,9 +297,19 @@ def test_compile_equals_eager():
 
 @pytest.mark.slow
 def test_inductor_equals_eager():
-    module = make(16, dtype=torch.float32).eval()
-    x = torch.randn(2, 16, 8, 9)
-    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+    """Generated C++, for the module and for a network, forward and backward."""
+    torch.manual_seed(0)
+    for module, shape in (
+        (make(16, dtype=torch.float32), (2, 16, 8, 9)),
+        (timm.create_model('resnet20_ham'), (4, 3, 16, 16)),
+    ):
+        x = torch.randn(shape, requires_grad=True)
+        results = []
+        for form in (module, torch.compile(module, fullgraph=True)):
+            out = form(x)
+            results.append((out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])))
+        for eager, compiled in zip(*results):
+            torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-3 * eager.abs().max().item())
 
 
 def test_onnx_equals_eager(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `timm-ham train | evaluate | export`. `timm-ham <command> --help` names every option."""
+"""Train, measure and export image classifiers with the Hybrid Attention Module, in timm's formats."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ from timm_ham.training import trainer
 from timm_ham.training.batches import eval_batches
 from timm_ham.training.data import load_splits
 from timm_ham.training.evaluate import evaluate
-from timm_ham.training.recipes import Recipe, named_recipe
+from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
 from timm_ham.training.run import Run, new_run_folder
 
 __all__ = ['main']
@@ -30,7 +30,7 @@ def train_command(recipe_name: str) -> Callable[..., None]:
 
     def command(
         options: Annotated[Recipe, tyro.conf.arg(name='')] = named,
-        recipe: str = recipe_name,
+        recipe: Literal[tuple(RECIPES)] = recipe_name,
         run: Optional[Path] = None,
         resume: Optional[Path] = None,
     ) -> None:
@@ -38,7 +38,7 @@ def train_command(recipe_name: str) -> Callable[..., None]:
 
         Args:
             options: Fields of the recipe; the values shown are those of the recipe named by --recipe.
-            recipe: Named recipe to start from: digits_quick, cifar_paper or cifar_fast.
+            recipe: Named recipe to start from.
             run: Folder for the run, a new one; runs/<model>.<recipe> if not given.
             resume: Folder of a run to go on with, from its last finished epoch, by its own recipe.
         """
@@ -50,7 +50,7 @@ def train_command(recipe_name: str) -> Callable[..., None]:
         try:
             metrics = trainer.resume(started) if resume else trainer.train(options, recipe, started)
         except KeyboardInterrupt:
-            if state.is_main_process:
+            if state.is_main_process and started.record_file.is_file():
                 print(f'\nstopped: go on by timm-ham train --resume {started.folder}', file=sys.stderr)
             sys.exit(130)
         if state.is_main_process:
@@ -65,7 +65,7 @@ def train_command(recipe_name: str) -> Callable[..., None]:
 
 
 def evaluate_command(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='MODEL')],
     /,
     dataset: str = 'digits',
     split: Literal['test', 'train'] = 'test',
@@ -107,7 +107,7 @@ def evaluate_command(
 
 
 def export_command(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='RUN')],
     /,
     hub: Path = Path('hub'),
     tag: Optional[str] = None,
