@@ -190,6 +190,23 @@ def test_channels_last_bf16_and_compile(tiny_folder, tmp_path, monkeypatch):
     assert len(compiled) == 1 and run.record()['results']['precision'] == 'bf16'
 
 
+@pytest.mark.parametrize('ema_decay', [0.0, 0.9])
+def test_bf16_trains_in_bfloat16_and_the_test_is_in_float32(tiny_folder, tmp_path, monkeypatch, ema_decay):
+    seen = []
+
+    def watched(recipe, data):
+        model = timm.create_model(recipe.model, num_classes=2)
+        model.stem.conv.register_forward_hook(lambda module, inputs, out: seen.append((module.training, out.dtype)))
+        return model
+
+    monkeypatch.setattr(trainer, 'build_model', watched)
+    start(tiny_folder, tmp_path / 'run', precision='bf16', epochs=1, ema_decay=ema_decay)
+    training = [dtype for mode, dtype in seen if mode]
+    measuring = [dtype for mode, dtype in seen if not mode]
+    assert len(training) == 9 and set(training) == {torch.bfloat16}
+    assert measuring == [torch.bfloat16, torch.float32]  # held out, test
+
+
 class Fixed(nn.Module):
     """The image's first pixels as logits."""
 

@@ -114,14 +114,13 @@ class Trainer:
         recipe = self.recipe
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         network = build_model(recipe, self.data).to(memory_format=self.memory_format)
+        self.ema: Optional[ModelEmaV3] = None
+        if recipe.ema_decay > 0:  # a copy, taken before `prepare` wraps the forward in autocast
+            self.ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=True, device=self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
         self.model, self.optimizer = self.accelerator.prepare(network, build_optimizer(recipe, network))
         self.schedule = build_schedule(recipe, self.optimizer, len(self.batches))
         self.forward = torch.compile(self.model) if recipe.compile else self.model
-        self.ema: Optional[ModelEmaV3] = None
-        if recipe.ema_decay > 0:
-            network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=True)
-            self.accelerator.register_for_checkpointing(self.ema)
 
     @property
     def trained(self) -> nn.Module:
