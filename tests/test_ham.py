@@ -261,7 +261,7 @@ def graph_forms(module, x):
     yield 'export', torch.export.export(module, (x,)).module()
 
 
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated:FutureWarning')
 def test_script_fx_and_export_equal_eager():
     module = make(16, dtype=torch.float32).eval()
     x = torch.randn(2, 16, 8, 9)
@@ -269,7 +269,7 @@ def test_script_fx_and_export_equal_eager():
         torch.testing.assert_close(form(x), module(x), msg=name)
 
 
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated:FutureWarning')
 def test_script_and_fx_do_not_freeze_the_dtype():
     """Traced once, run in other precisions."""
     module = make(16, dtype=torch.float32).eval()
@@ -316,11 +316,14 @@ def test_onnx_equals_eager(tmp_path):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
     module = make(16, dtype=torch.float32).eval()
+    shapes = {'x': {0: torch.export.Dim('batch')}}
     x = torch.randn(2, 16, 8, 9)
-    torch.onnx.export(module, (x,), tmp_path / 'ham.onnx', dynamo=True, verbose=False)
+    torch.onnx.export(module, (x,), tmp_path / 'ham.onnx', dynamo=True, dynamic_shapes=shapes, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / 'ham.onnx')
-    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(out), module(x), rtol=1e-4, atol=1e-5)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 16, 8, 9)
+        (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), module(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['resnet50', 'seresnet50', 'resnext50_32x4d'])
@@ -332,6 +335,11 @@ def test_is_an_attn_layer_of_timm(name):
     logits.sum().backward()
     assert logits.shape == (2, 3)
     assert all(parameter.grad is not None for module in modules for parameter in module.parameters())
+
+
+def test_input_of_another_width_is_refused():
+    with pytest.raises(AssertionError, match='another number of channels than the module'):
+        HybridAttention(16)(torch.randn(2, 32, 4, 4))
 
 
 def test_survives_a_transformers_style_rename():

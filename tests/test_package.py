@@ -1,7 +1,18 @@
-"""What importing the package costs."""
+"""What importing the package costs, what it says of itself, and what it brings."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import datasets
+import timm
+import torch
+
+from timm_ham import MODELS
+from timm_ham.models.weights import hub_folders
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_import_is_light():
@@ -10,3 +21,36 @@ def test_import_is_light():
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
     assert 'timm_ham' in out
     assert {module.partition('.')[0] for module in out} <= {'timm_ham', 'hashlib', '_hashlib', '_blake2'}
+
+
+def test_model_card_lists_models_and_weights():
+    """All registered names with their parameter counts, and each folder under hub/ with the accuracy of its record."""
+    lines = (ROOT / 'MODEL_CARD.md').read_text().splitlines()
+    for name in MODELS:
+        count = sum(
+            parameter.numel() for parameter in timm.create_model(name, num_classes=10, device='meta').parameters()
+        )
+        assert any(line.startswith(f'| `{name}` |') and f' {count:,} ' in line for line in lines), name
+    folders = list(hub_folders())
+    assert folders
+    for folder in folders:
+        accuracy = json.loads((folder / 'run.json').read_text())['results']['test']['accuracy']
+        assert any(line.startswith(f'| `{folder.name}` |') and f' {accuracy:.2%}'[:-1] in line for line in lines), (
+            folder
+        )
+
+
+def test_bundled_weights(cifar10):
+    """Every bundled CIFAR-10 weight scores what its record says, through timm's own transform and the PNGs' bytes."""
+    for name in timm.list_pretrained('*_ham.cifar10'):
+        model = timm.create_model(name, pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        test = datasets.load_dataset(str(cifar10), split='test[:1000]')
+        images = torch.stack([transform(image) for image in test['img']])
+        with torch.inference_mode():
+            accuracy = (model(images).argmax(1) == torch.tensor(test['label'][:])).float().mean().item()
+        record = json.loads((ROOT / 'hub' / name / 'run.json').read_text())
+        # A thousand of the ten thousand images: three standard deviations.
+        expected = record['results']['test']['accuracy']
+        assert abs(accuracy - expected) < 3 * (expected * (1 - expected) / 1000) ** 0.5
+        assert tuple(model.pretrained_cfg['label_names']) == tuple(test.features['label'].names)

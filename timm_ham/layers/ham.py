@@ -10,6 +10,7 @@ import math
 from typing import Tuple
 
 import torch
+from timm.layers import _assert
 from torch import nn
 from torch.nn import functional as F
 
@@ -123,9 +124,8 @@ class HybridAttention(nn.Module):
         alpha, beta = self.alpha.to(dtype), self.beta.to(dtype)
         f = 0.5 * (avg + max) + alpha * avg + beta * max
         # The convolution as a sum over windows: autocast would run a conv1d in bfloat16, and channels would tie.
-        windows = F.pad(f, (self.channel_conv.padding[0], self.channel_conv.padding[0])).unfold(
-            1, self.channel_conv.kernel_size[0], 1
-        )  # B C k
+        k = self.channel_conv.kernel_size[0]
+        windows = F.pad(f, (k // 2, k // 2)).unfold(1, k, 1)  # B C k
         return (windows * self.channel_conv.weight.to(dtype).view(-1)).sum(-1)
 
     def separate(self, logits: torch.Tensor) -> torch.Tensor:
@@ -139,11 +139,16 @@ class HybridAttention(nn.Module):
         avg = torch.cat([f1.sum(1, keepdim=True) / n1, f2.sum(1, keepdim=True) / n2])  # 2B 1 H W
         max = torch.cat([f1.amax(1, keepdim=True), f2.amax(1, keepdim=True)])  # 2B 1 H W
         maps = self.spatial_norm(self.spatial_conv(torch.cat([avg, max], dim=1)))
-        s1, s2 = maps.relu().sigmoid().chunk(2)
-        return s1, s2
+        maps = maps.relu().sigmoid()  # 2B 1 H W
+        batch = f1.shape[0]  # chunk(2) would fix the batch size of an exported graph
+        return maps[:batch], maps[batch:]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the same shape, dtype and memory format."""
+        # No shape below depends on it, so a wrong width would give wrong groups in silence.
+        _assert(
+            x.shape[1] == self.channels, 'HybridAttention: input with another number of channels than the module'
+        )
         logits = self.channel_logits(x)
         refined = logits.sigmoid().to(x.dtype)[:, :, None, None] * x  # F', Eq. 1
         important = self.separate(logits).to(x.dtype)[:, :, None, None]
