@@ -33,12 +33,12 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(3, device=accelerator.device)  # loss, correct, images
     for images, labels in batches:
         logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, reduction='sum')
-        correct = (logits.argmax(1) == labels).sum()
-        totals += torch.stack([loss, correct, torch.tensor(len(labels), device=labels.device)])
+        totals[0] += F.cross_entropy(logits, labels, reduction='sum')
+        totals[1] += (logits.argmax(1) == labels).sum()
+        totals[2] += len(labels)
     model.train(was_training)
     loss, correct, images = accelerator.reduce(totals, reduction='sum').tolist()
     return Metrics(loss=loss / images, accuracy=correct / images, images=int(images))

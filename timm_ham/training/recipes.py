@@ -92,6 +92,8 @@ RECIPES: Dict[str, Recipe] = {
     'digits_quick': replace(FAST, dataset='digits', epochs=12, batch_size=64, flip=False),
     # Section 4 of the paper, word by word.
     'cifar_paper': PAPER,
+    # Without an average of the weights: after the cosine it made no difference (resnet20_plain, 5 epochs, one run:
+    # 82.90 % of the held-out images with ema_decay 0.999, 82.94 % without).
     'cifar_fast': FAST,
 }
 

@@ -150,7 +150,7 @@ class Trainer:
         """One pass over the training images; returns what metrics.jsonl says of it."""
         self.model.train()
         learning_rate = self.optimizer.param_groups[0]['lr']
-        totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        totals = torch.zeros(3, device=self.accelerator.device)  # loss, correct, images: no wait for the device
         for step, (images, labels) in enumerate(self.batches.epoch(epoch)):
             logits = self.forward(images.contiguous(memory_format=self.memory_format))
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
@@ -161,9 +161,9 @@ class Trainer:
             self.schedule.step_update(update)
             if self.ema:
                 self.ema.update(self.accelerator.unwrap_model(self.model), step=update)
-            with torch.no_grad():
-                correct = (logits.argmax(1) == labels).sum()
-                totals += torch.stack([loss * len(labels), correct, torch.tensor(len(labels), device=loss.device)])
+            totals[0] += loss.detach() * len(labels)
+            totals[1] += (logits.argmax(1) == labels).sum()
+            totals[2] += len(labels)
             bar.update(self.batches.batch_size)
             if step % SHOW_EVERY == 0 or step == len(self.batches) - 1:
                 self._show(bar, epoch, totals)
