@@ -20,6 +20,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
+from timm_ham import __version__
 from timm_ham.errors import TimmHamError
 from timm_ham.training.data import DataInfo
 from timm_ham.training.recipes import Recipe
@@ -27,7 +28,7 @@ from timm_ham.training.recipes import Recipe
 __all__ = ['Run', 'environment', 'new_run_folder']
 
 CHECKPOINT = 'checkpoint-'
-PACKAGES = ('timm_ham', 'torch', 'timm', 'accelerate', 'datasets', 'huggingface_hub', 'safetensors')
+PACKAGES = ('torch', 'timm', 'accelerate', 'datasets', 'huggingface_hub', 'safetensors')
 
 
 def new_run_folder(recipe: Recipe, recipe_name: str, root: Path = Path('runs')) -> Path:
@@ -49,7 +50,7 @@ def environment(processes: int, device: torch.device) -> Dict[str, Any]:
     return {
         'started': datetime.now(timezone.utc).isoformat(timespec='seconds'),
         'python': platform.python_version(),
-        'versions': {name: metadata.version(name) for name in PACKAGES},
+        'versions': {'timm_ham': __version__, **{name: metadata.version(name) for name in PACKAGES}},
         'commit': _git_commit(),
         'device': device.type,
         'hardware': hardware,
