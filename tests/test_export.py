@@ -75,6 +75,7 @@ def test_folder_holds_what_the_hub_holds(finished, folder):
     assert (cfg['mean'], cfg['std']) == (list(data.mean), list(data.std))
     assert (cfg['input_size'], cfg['pool_size'], cfg['crop_pct'], cfg['tag']) == ([3, 8, 12], [2, 3], 1.0, 'pets')
     assert not list(folder.parent.glob('.export-*'))
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # weights readable by whom the rest is
     for path in folder.iterdir():
         assert b'secret' not in path.read_bytes(), path
 

@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_ham.errors import TimmHamError
-from timm_ham.models.weights import HASH_KEY, WEIGHTS_FILE, load_model
+from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, WEIGHTS_FILE, load_model
 from timm_ham.publishing.card import model_card
 from timm_ham.training.run import Run
 
@@ -95,6 +95,8 @@ def _write_weights(model: nn.Module, folder: Path) -> None:
     digest = hashlib.sha256(safetensors.torch.save(model.state_dict())).hexdigest()
     labels = list(model.pretrained_cfg.pop('label_names'))  # timm keeps them at the root of the config
     save_for_hf(model, folder, model_config={'label_names': labels, HASH_KEY: digest}, safe_serialization=True)
+    # safetensors makes a file that its owner alone can read: of no use in a shared environment.
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 @torch.inference_mode()
