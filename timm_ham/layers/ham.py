@@ -146,9 +146,7 @@ class HybridAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the same shape, dtype and memory format."""
         # No shape below depends on it, so a wrong width would give wrong groups in silence.
-        _assert(
-            x.shape[1] == self.channels, 'HybridAttention: input with another number of channels than the module'
-        )
+        _assert(x.shape[1] == self.channels, 'HybridAttention: input with another number of channels than the module')
         logits = self.channel_logits(x)
         refined = logits.sigmoid().to(x.dtype)[:, :, None, None] * x  # F', Eq. 1
         important = self.separate(logits).to(x.dtype)[:, :, None, None]

@@ -45,8 +45,15 @@ def read_folder(folder: Path) -> PretrainedCfg:
     if config['architecture'] != architecture or not tag:
         raise ValueError(f"the folder's name is not {config['architecture']}.<tag>")
     weights = folder / WEIGHTS_FILE
-    values = dict(config['pretrained_cfg'], num_classes=config['num_classes'], label_names=config.get('label_names'))
-    return PretrainedCfg(**dict(values, tag=tag, file=str(weights) if weights.is_file() else None))
+    values = dict(
+        config['pretrained_cfg'],
+        num_classes=config['num_classes'],
+        label_names=config.get('label_names'),
+        tag=tag,
+        file=str(weights) if weights.is_file() else None,
+    )
+    # JSON has no tuples, timm's cfgs have no lists.
+    return PretrainedCfg(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def bundled_cfgs(architectures: Mapping[str, object]) -> Dict[str, PretrainedCfg]:
