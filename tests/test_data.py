@@ -4,10 +4,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_ham import TimmHamError
-from timm_ham.training.data import DATASETS, load_splits
+from timm_ham.training.data import DATASETS, load_splits, open_dataset
 
 from .conftest import make_dataset, random_images, save_parquet
 
@@ -195,3 +196,19 @@ def test_unreadable_image(tmp_path, content):
 def test_wrong_holdout(tiny_folder, holdout, message):
     with pytest.raises(TimmHamError, match=message):
         load_splits(str(tiny_folder), holdout=holdout)
+
+
+def test_one_split_can_be_decoded_alone(tiny_folder, monkeypatch):
+    """Measuring a test split does not decode the training images."""
+    opened = open_dataset(str(tiny_folder))
+    whole = load_splits(str(tiny_folder))[1]
+    monkeypatch.delitem(opened.splits, 'train')
+    assert torch.equal(opened.decode('test').images, whole['test'].images)
+    assert opened.label_names == ('cat', 'dog')
+
+
+def test_a_channel_that_never_changes_stays_finite(tmp_path):
+    black = [Image.new('RGB', (8, 8))] * 4
+    data = make_dataset(black, [0, 1, 0, 1])
+    info = load_splits(str(save_parquet(tmp_path / 'd', train=data, test=data)))[0]
+    assert info.mean == (0, 0, 0) and info.std == (0.0039,) * 3

@@ -14,7 +14,7 @@ from timm_ham.models.weights import load_model
 from timm_ham.publishing.export import export
 from timm_ham.training import trainer
 from timm_ham.training.batches import eval_batches
-from timm_ham.training.data import load_splits
+from timm_ham.training.data import open_dataset
 from timm_ham.training.evaluate import evaluate
 from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
 from timm_ham.training.run import Run, new_run_folder
@@ -84,7 +84,7 @@ def evaluate_command(
         label_column: Column of the labels; found by its type if not given.
     """
     network = load_model(model)
-    data, splits = load_splits(dataset, image_column=image_column, label_column=label_column)
+    data = open_dataset(dataset, image_column, label_column)
     if network.num_classes != len(data.label_names):
         raise TimmHamError(
             f'{model} has {network.num_classes} classes, but {dataset} has {len(data.label_names)}: '
@@ -93,7 +93,7 @@ def evaluate_command(
     accelerator = Accelerator()
     cfg = network.pretrained_cfg
     batches = eval_batches(
-        splits[split].to(accelerator.device),
+        data.decode(split).to(accelerator.device),
         cfg['mean'],
         cfg['std'],
         batch_size,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Literal, Optional, Tuple
 
 import datasets
 import numpy as np
@@ -14,8 +14,10 @@ from sklearn.model_selection import train_test_split
 
 from timm_ham.errors import TimmHamError
 
-__all__ = ['DATASETS', 'DataInfo', 'Split', 'load_splits']
+__all__ = ['DATASETS', 'DataInfo', 'OpenDataset', 'Split', 'load_splits', 'open_dataset']
 
+# What the two parts of a dataset are called, the best name first.
+SPLIT_NAMES = {'train': ('train',), 'test': ('test', 'validation', 'val', 'valid')}
 SPLIT_SEED = 0  # of the held-out part, and of the test part of the digits: the same images whatever a run's seed
 
 
@@ -77,12 +79,8 @@ def _digits() -> datasets.DatasetDict:
 DATASETS = {'digits': _digits, 'cifar10': 'uoft-cs/cifar10', 'cifar100': 'uoft-cs/cifar100'}
 
 
-def open_dataset(name: str) -> Tuple[str, str, datasets.DatasetDict]:
-    """Open a dataset by short name, Hub id or local folder; returns DataInfo's name and source, and its splits.
-
-    Raises:
-        TimmHamError: If nothing of that name is found.
-    """
+def _open_splits(name: str) -> Tuple[str, str, datasets.DatasetDict]:
+    """By short name, Hub id or local folder: DataInfo's name and source, and the splits."""
     source = DATASETS.get(name, name)
     if callable(source):
         return name, 'scikit-learn', source()
@@ -181,27 +179,73 @@ def _channel_statistics(images: torch.Tensor) -> Tuple[Tuple[float, ...], Tuple[
     share = histogram / histogram.sum(1, keepdim=True)  # C 256
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ values
-    std = (share @ values.square() - mean.square()).sqrt()
+    # A channel that never changes keeps its scale instead of being divided by nothing.
+    std = (share @ values.square() - mean.square()).clamp(min=255**-2).sqrt()
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())
 
 
-def _test_split(name: str, splits: datasets.DatasetDict) -> str:
-    for candidate in ('test', 'validation', 'val', 'valid'):
-        if candidate in splits:
-            return candidate
-    raise TimmHamError(f'dataset {name!r} has no test split, only {", ".join(splits)}: add one')
+@dataclass(frozen=True)
+class OpenDataset:
+    """A dataset that is found and understood, but not decoded. Fields as in DataInfo.
+
+    splits: As the datasets library gives them.
+    classes: The class index of each value that the label column may hold.
+    """
+
+    name: str
+    source: str
+    image_column: str
+    label_column: str
+    label_names: Tuple[str, ...]
+    splits: datasets.DatasetDict
+    classes: Dict[Any, int]
+
+    def decode(self, part: Literal['train', 'test']) -> Split:
+        """Decode all images of a split to RGB, once.
+
+        Raises:
+            TimmHamError: If there is no such split, it is empty, an image can't be read or has another size than the
+                first, or a label is not one of the classes. The message names the split and the row.
+        """
+        name = next((name for name in SPLIT_NAMES[part] if name in self.splits), None)
+        if name is None:
+            raise TimmHamError(f'dataset {self.name!r} has no {part} split, only {", ".join(self.splits)}: add one')
+        if len(self.splits[name]) == 0:
+            raise TimmHamError(f'split {name!r} of dataset {self.name!r} is empty')
+        return Split(
+            _decode_images(self.splits[name], name, self.image_column),
+            _decode_labels(self.splits[name], name, self.label_column, self.classes),
+        )
+
+
+def open_dataset(name: str, image_column: Optional[str] = None, label_column: Optional[str] = None) -> OpenDataset:
+    """Find a dataset and its columns.
+
+    Args:
+        name: Short name, Hub id or local folder.
+        image_column: Column of the images, found by type if None.
+        label_column: Column of the labels, found by type if None.
+
+    Raises:
+        TimmHamError: If there is no such dataset or column.
+    """
+    short_name, source, splits = _open_splits(name)
+    described = splits.get('train', next(iter(splits.values())))
+    image_column, label_column = _find_columns(described, image_column, label_column)
+    label_names, classes = _class_indices(described, label_column)
+    return OpenDataset(short_name, source, image_column, label_column, label_names, splits, classes)
 
 
 def load_splits(
     name: str, holdout: float = 0.0, image_column: Optional[str] = None, label_column: Optional[str] = None
 ) -> Tuple[DataInfo, Dict[str, Split]]:
-    """Open and decode a dataset.
+    """Open a dataset and decode all of it.
 
     Args:
-        name: Short name, Hub id or local folder.
+        name: As for `open_dataset`, like the columns.
         holdout: Share of the training split to hold out, stratified by class, 0 <= holdout < 1.
-        image_column: Column of the images, found by type if None.
-        label_column: Column of the labels, found by type if None.
+        image_column: Column of the images.
+        label_column: Column of the labels.
 
     Returns:
         The facts about it, and its splits 'train', 'holdout' (only if holdout > 0) and 'test'.
@@ -211,34 +255,21 @@ def load_splits(
     """
     if not 0 <= holdout < 1:
         raise TimmHamError(f'holdout is {holdout}, but must be at least 0 and less than 1')
-    short_name, source, opened = open_dataset(name)
-    if 'train' not in opened:
-        raise TimmHamError(f'dataset {name!r} has no train split, only {", ".join(opened)}: add one')
-    train = opened['train']
-    image_column, label_column = _find_columns(train, image_column, label_column)
-    label_names, classes = _class_indices(train, label_column)
-
-    decoded = {}
-    for split, found in (('train', 'train'), ('test', _test_split(name, opened))):
-        if len(opened[found]) == 0:
-            raise TimmHamError(f'split {found!r} of dataset {name!r} is empty')
-        decoded[split] = Split(
-            _decode_images(opened[found], found, image_column),
-            _decode_labels(opened[found], found, label_column, classes),
-        )
+    opened = open_dataset(name, image_column, label_column)
+    decoded = {'train': opened.decode('train'), 'test': opened.decode('test')}
     if holdout > 0:
         decoded['train'], decoded['holdout'] = _hold_out(decoded['train'], holdout)
     mean, std = _channel_statistics(decoded['train'].images)
     info = DataInfo(
-        name=short_name,
-        source=source,
-        image_column=image_column,
-        label_column=label_column,
-        label_names=label_names,
+        name=opened.name,
+        source=opened.source,
+        image_column=opened.image_column,
+        label_column=opened.label_column,
+        label_names=opened.label_names,
         image_size=tuple(decoded['train'].images.shape[1:3]),
         mean=mean,
         std=std,
-        sizes={split: len(part) for split, part in decoded.items()},
+        sizes={part: len(split) for part, split in decoded.items()},
     )
     return info, decoded
 

@@ -45,14 +45,18 @@ def bf16_is_native(device: torch.device) -> bool:
     return device.type == 'cpu' and (able.get('avx512_bf16', False) or able.get('bf16', False))
 
 
-def build_model(recipe: Recipe, data: DataInfo) -> nn.Module:
-    """The recipe's model, untrained, with a class for each of the dataset's."""
-    if not timm.is_model(recipe.model):
-        near = difflib.get_close_matches(recipe.model, timm.list_models(), n=1)
+def check_model_name(name: str) -> None:
+    """Raise a TimmHamError that lists the choices if timm knows no such model."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f', did you mean {near[0]!r}' if near else ''
         raise TimmHamError(
-            f"unknown model {recipe.model!r}{hint}? Choose from {', '.join(MODELS)}, or any of timm's own models"
+            f"unknown model {name!r}{hint}? Choose from {', '.join(MODELS)}, or any of timm's own models"
         )
+
+
+def build_model(recipe: Recipe, data: DataInfo) -> nn.Module:
+    """The recipe's model, untrained, with a class for each of the dataset's."""
     return timm.create_model(recipe.model, num_classes=len(data.label_names))
 
 
@@ -91,6 +95,7 @@ class Trainer:
     """The state of one run: model, optimizer, schedule, data. `run` is its folder."""
 
     def __init__(self, recipe: Recipe, run: Run):
+        check_model_name(recipe.model)  # before the data, which takes a while
         self.recipe, self.run = recipe, run
         bf16 = recipe.precision == 'bf16' or (recipe.precision == 'auto' and bf16_is_native(PartialState().device))
         self.accelerator = Accelerator(mixed_precision='bf16' if bf16 else 'no')
