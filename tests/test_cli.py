@@ -97,4 +97,6 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         [sys.executable, '-m', 'timm_ham.cli', *command.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert 'epoch 2/2' in done.stderr and 'epoch 1/2' not in done.stderr and 'test accuracy' in done.stdout
+    assert 'resnet20_plain, 269,722 parameters, on digits (1293 train, 144 holdout, 360 test)' in done.stderr
+    assert 'after epoch 1' in done.stderr and 'epoch 2/2' in done.stderr and 'epoch 1/2' not in done.stderr
+    assert 'test accuracy' in done.stdout

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tqdm.auto import tqdm
 
 from timm_ham.errors import TimmHamError
 
@@ -141,7 +142,10 @@ def _decode_images(split: datasets.Dataset, name: str, column: str) -> torch.Ten
         stored = split.select_columns(column).cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise TimmHamError(f'column {column!r} does not hold images: name another with --image-column') from error
-    for row, encoded in enumerate(chain.from_iterable(batch[column] for batch in stored.iter(1000))):
+    rows = chain.from_iterable(batch[column] for batch in stored.iter(1000))
+    # None: no bar where nobody watches.
+    bar = tqdm(rows, f'decoding {name}', len(split), unit=' images', unit_scale=True, leave=False, disable=None)
+    for row, encoded in enumerate(bar):
         try:
             pixels = np.asarray(decoder.decode_example(encoded).convert('RGB'))
         except (AttributeError, OSError, SyntaxError, TypeError, ValueError) as error:
@@ -256,17 +260,19 @@ def load_splits(
     if not 0 <= holdout < 1:
         raise TimmHamError(f'holdout is {holdout}, but must be at least 0 and less than 1')
     opened = open_dataset(name, image_column, label_column)
-    decoded = {'train': opened.decode('train'), 'test': opened.decode('test')}
+    train, test = opened.decode('train'), opened.decode('test')
+    decoded = {'train': train, 'test': test}
     if holdout > 0:
-        decoded['train'], decoded['holdout'] = _hold_out(decoded['train'], holdout)
-    mean, std = _channel_statistics(decoded['train'].images)
+        train, held_out = _hold_out(train, holdout)
+        decoded = {'train': train, 'holdout': held_out, 'test': test}
+    mean, std = _channel_statistics(train.images)
     info = DataInfo(
         name=opened.name,
         source=opened.source,
         image_column=opened.image_column,
         label_column=opened.label_column,
         label_names=opened.label_names,
-        image_size=tuple(decoded['train'].images.shape[1:3]),
+        image_size=tuple(train.images.shape[1:3]),
         mean=mean,
         std=std,
         sizes={part: len(split) for part, split in decoded.items()},

@@ -215,9 +215,22 @@ class Trainer:
             bar.write(describe_epoch(line, self.recipe.epochs), file=sys.stderr)
         self.save_checkpoint(epoch + 1)
 
+    def describe(self, done: int) -> str:
+        """What is about to be trained, for the terminal."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        sizes = ', '.join(f'{size} {part}' for part, size in self.data.sizes.items())
+        return (
+            f'{self.recipe.model}, {parameters:,} parameters, on {self.data.name} ({sizes}); '
+            f'{self.accelerator.num_processes} x {self.accelerator.device.type}, '
+            f'precision {self.accelerator.mixed_precision.replace("no", "fp32")}'
+            + (f'; after epoch {done}' if done else '')
+            + ('; compiling takes a minute or two' if self.recipe.compile else '')
+        )
+
     def fit(self) -> None:
         """Train the epochs that are not done yet."""
         done = self.resume()
+        self.accelerator.print(self.describe(done), file=sys.stderr)
         images = len(self.batches) * self.batches.batch_size
         bar = tqdm(
             total=images * self.recipe.epochs,
