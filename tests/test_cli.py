@@ -46,7 +46,10 @@ def test_train_evaluate_export(tiny_folder, tmp_path, monkeypatch, capsys, fresh
     [
         (['train', '--recipe', 'nope'], 'choose from digits_quick, cifar_paper, cifar_fast'),
         (['train', '--dataset', 'nope'], 'choose from digits, cifar10, cifar100'),
-        (['train', '--model', 'resnet20_hm'], "did you mean 'resnet20_ham'? Choose from resnet20_plain, resnet20_ham"),
+        (
+            ['train', '--model', 'resnet20_hm'],
+            "did you mean 'resnet20_ham'? Choose <architecture>_<attention> from resnet20, ",
+        ),
         (['train', '--label-column', 'kind'], 'choose from image (Image), label (ClassLabel)'),
         (['train', '--resume', 'nowhere'], 'nowhere is not the folder of a run'),
         (['train', '--resume', 'nowhere', '--epochs', '3'], 'leave the other options out'),

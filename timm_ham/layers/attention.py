@@ -1,5 +1,9 @@
 """The attentions by name: what timm's blocks take as `attn_layer`."""
 
+from functools import partial
+
+from timm.layers import SEModule
+
 from timm_ham.layers.ham import HybridAttention
 
 __all__ = ['ATTENTIONS']
@@ -8,5 +12,9 @@ __all__ = ['ATTENTIONS']
 # as layer(channels, device=..., dtype=...).
 ATTENTIONS = {
     'plain': None,
+    # Reduction 16 as in the papers, not rounded up to a multiple of 8 as timm does for narrow layers.
+    'se': partial(SEModule, rd_divisor=1),
+    'eca': 'eca',
+    'cbam': 'cbam',
     'ham': HybridAttention,
 }

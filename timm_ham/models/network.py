@@ -16,6 +16,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_act_layer,
     get_attn,
+    get_norm_act_layer,
     get_norm_layer,
 )
 from timm.models import checkpoint_seq
@@ -76,8 +77,8 @@ def residual_stage(
 class ResidualNetwork(nn.Module):
     """3x3 stem of stride 1, stages of residual blocks with parameter-free shortcuts, pooling, linear classifier.
 
-    The stages after the first halve the resolution. Images (B, in_chans, H, W) of any size give logits
-    (B, num_classes).
+    The stages after the first halve the resolution, and so does the max pool after the stem where there is one. Images
+    (B, in_chans, H, W) of any size give logits (B, num_classes).
 
     Args:
         depths: Blocks in each stage.
@@ -87,6 +88,9 @@ class ResidualNetwork(nn.Module):
         in_chans: Channels of the input images.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
         stem_width: Channels of the stem.
+        stem_pool: 3x3 max pool of stride 2 after the stem.
+        pre_activation: The blocks are pre-activation ones: the stem is a convolution alone, and a norm and activation
+            follow the last stage.
         attn_layer: Attention in each block, as timm's blocks take it: a name, a class or None.
         attn_kwargs: Arguments for the attention, such as dict(kernel_size=3).
         act_layer: Activation.
@@ -110,6 +114,8 @@ class ResidualNetwork(nn.Module):
         in_chans: int = 3,
         global_pool: str = 'avg',
         stem_width: int = 16,
+        stem_pool: bool = False,
+        pre_activation: bool = False,
         attn_layer: Optional[LayerType] = None,
         attn_kwargs: Optional[Dict[str, Any]] = None,
         act_layer: LayerType = nn.ReLU,
@@ -138,10 +144,12 @@ class ResidualNetwork(nn.Module):
             **dd,
         )
 
-        self.stem = ConvNormAct(in_chans, stem_width, 3, norm_layer=norm_layer, act_layer=act_layer, **dd)
+        norm_act = dict(norm_layer=norm_layer, act_layer=act_layer, **dd)
+        self.stem = ConvNormAct(in_chans, stem_width, 3, apply_norm=not pre_activation, **norm_act)
         self.feature_info = [dict(num_chs=stem_width, reduction=1, module='stem')]
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stem_pool else nn.Identity()
         stages = []
-        channels, reduction = stem_width, 1
+        channels, reduction = stem_width, 2 if stem_pool else 1
         for index, (planes, rates) in enumerate(
             zip(widths, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         ):
@@ -150,6 +158,7 @@ class ResidualNetwork(nn.Module):
             channels, reduction = planes * block.expansion, reduction * stride
             self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f'stages.{index}'))
         self.stages = nn.Sequential(*stages)
+        self.norm = get_norm_act_layer(norm_layer, act_layer)(channels, **dd) if pre_activation else nn.Identity()
 
         self.num_features = channels
         self.head = ClassifierHead(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
@@ -202,7 +211,7 @@ class ResidualNetwork(nn.Module):
         Args:
             x: Images, (B, in_chans, H, W).
             indices: The last n if int, all if None, else the named ones.
-            norm: Has no effect, there is no norm after the last stage.
+            norm: Apply the norm that follows the last stage of a pre-activation network to its features.
             stop_early: Don't compute what comes after the last index.
             output_fmt: Only 'NCHW'.
             intermediates_only: Return the list alone.
@@ -216,14 +225,15 @@ class ResidualNetwork(nn.Module):
         x = self.stem(x)
         if 0 in take_indices:
             intermediates.append(x)
+        x = self.pool(x)
         stages = self.stages[:max_index] if stop_early else self.stages
         for index, stage in enumerate(stages, start=1):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
             if index in take_indices:
-                intermediates.append(x)
+                intermediates.append(self.norm(x) if norm and index == len(self.stages) else x)
         if intermediates_only:
             return intermediates
-        return x, intermediates
+        return self.norm(x) if len(stages) == len(self.stages) else x, intermediates
 
     def prune_intermediate_layers(
         self,
@@ -235,6 +245,8 @@ class ResidualNetwork(nn.Module):
         take_indices, max_index = feature_take_indices(1 + len(self.stages), indices)
         prune_end = max_index < len(self.stages)
         self.stages = self.stages[:max_index]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
         if prune_end:
             # The head was sized for the last stage, so it goes too.
             self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
@@ -244,10 +256,12 @@ class ResidualNetwork(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images to the feature map of the last stage, before pooling."""
-        x = self.stem(x)
+        x = self.pool(self.stem(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.stages, x, flatten=True)
-        return self.stages(x)
+            x = checkpoint_seq(self.stages, x, flatten=True)
+        else:
+            x = self.stages(x)
+        return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Feature map to logits, or to pooled features if `pre_logits`."""

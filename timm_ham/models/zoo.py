@@ -10,10 +10,12 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from timm.models.resnet import Bottleneck
 from torch import nn
 
 from timm_ham.layers import ATTENTIONS
 from timm_ham.models.network import ResidualNetwork
+from timm_ham.models.preact import PreActBlock
 from timm_ham.models.weights import bundled_cfgs, check_weights
 
 __all__ = ['ARCHITECTURES', 'MODELS']
@@ -24,12 +26,33 @@ def _cifar_resnet(depth: int) -> Dict[str, Any]:
     return dict(depths=((depth - 2) // 6,) * 3, widths=(16, 32, 64), stem_width=16)
 
 
-# Arguments of ResidualNetwork.
+def _stl_resnet(*depths: int, **changed) -> Dict[str, Any]:
+    """The widths and depths of https://arxiv.org/abs/1512.03385, Table 1, behind a 3x3 stem and a max pool."""
+    return dict(dict(depths=depths, widths=(64, 128, 256, 512), stem_width=64, stem_pool=True), **changed)
+
+
+# Arguments of ResidualNetwork. The first six are for 32x32 images, those with a stem_pool for 96x96.
 ARCHITECTURES: Dict[str, Dict[str, Any]] = {
     'resnet20': _cifar_resnet(20),
     'resnet32': _cifar_resnet(32),
     'resnet56': _cifar_resnet(56),
     'resnet110': _cifar_resnet(110),
+    'wide_resnet16_8': dict(
+        depths=(2, 2, 2), widths=(128, 256, 512), stem_width=16, block=PreActBlock, pre_activation=True
+    ),
+    'resnext29_8x64d': dict(
+        depths=(3, 3, 3),
+        widths=(64, 128, 256),
+        stem_width=64,
+        block=Bottleneck,
+        block_args=dict(cardinality=8, base_width=64),
+    ),
+    'resnet18': _stl_resnet(2, 2, 2, 2),
+    'resnet34': _stl_resnet(3, 4, 6, 3),
+    'resnet50': _stl_resnet(3, 4, 6, 3, block=Bottleneck),
+    'resnet101': _stl_resnet(3, 4, 23, 3, block=Bottleneck),
+    'wide_resnet18_2': _stl_resnet(2, 2, 2, 2, widths=(128, 256, 512, 1024), stem_width=128),
+    'resnext50_32x4d': _stl_resnet(3, 4, 6, 3, block=Bottleneck, block_args=dict(cardinality=32, base_width=4)),
 }
 
 MODELS: Dict[str, Dict[str, Any]] = {
@@ -39,16 +62,18 @@ MODELS: Dict[str, Dict[str, Any]] = {
 }
 
 
-def _untrained_cfg() -> PretrainedCfg:
-    """What a model without weights expects: CIFAR-10 images, untouched but for normalization."""
+# Normalization and size of the images that the paper trains a network on.
+CIFAR10 = dict(input_size=(3, 32, 32), pool_size=(8, 8), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+STL10 = dict(input_size=(3, 96, 96), pool_size=(6, 6), mean=(0.4467, 0.4398, 0.4066), std=(0.2603, 0.2566, 0.2713))
+
+
+def _untrained_cfg(name: str) -> PretrainedCfg:
+    """What a model without weights expects: the paper's images, untouched but for normalization."""
     return PretrainedCfg(
+        **(STL10 if MODELS[name].get('stem_pool') else CIFAR10),
         num_classes=10,
-        input_size=(3, 32, 32),
-        pool_size=(8, 8),
         crop_pct=1.0,
         interpolation='bicubic',
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
         first_conv='stem.conv',
         classifier='head.fc',
         license='apache-2.0',
@@ -60,7 +85,7 @@ def _untrained_cfg() -> PretrainedCfg:
 def _all_cfgs() -> Dict[str, PretrainedCfg]:
     bundled = bundled_cfgs(MODELS)
     with_tags = {name.partition('.')[0] for name in bundled}
-    return {**{name: _untrained_cfg() for name in MODELS if name not in with_tags}, **bundled}
+    return {**{name: _untrained_cfg(name) for name in MODELS if name not in with_tags}, **bundled}
 
 
 # timm's register_model looks for this name in the module of an entry point.

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from timm_ham.errors import TimmHamError
-from timm_ham.models import MODELS
+from timm_ham.layers import ATTENTIONS
+from timm_ham.models import ARCHITECTURES
 from timm_ham.training.batches import TrainBatches, eval_batches
 from timm_ham.training.curves import draw_curves
 from timm_ham.training.data import DataInfo, load_splits
@@ -51,7 +52,8 @@ def check_model_name(name: str) -> None:
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f', did you mean {near[0]!r}' if near else ''
         raise TimmHamError(
-            f"unknown model {name!r}{hint}? Choose from {', '.join(MODELS)}, or any of timm's own models"
+            f'unknown model {name!r}{hint}? Choose <architecture>_<attention> from {", ".join(ARCHITECTURES)} and '
+            f"{', '.join(ATTENTIONS)}, or any of timm's own models"
         )
 
 
