@@ -13,9 +13,8 @@ from timm_ham.errors import TimmHamError
 from timm_ham.models.weights import load_model
 from timm_ham.publishing.export import export
 from timm_ham.training import trainer
-from timm_ham.training.batches import eval_batches
 from timm_ham.training.data import open_dataset
-from timm_ham.training.evaluate import evaluate
+from timm_ham.training.evaluate import evaluate_split
 from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
 from timm_ham.training.run import Run, new_run_folder
 
@@ -91,16 +90,9 @@ def evaluate_command(
             'choose the dataset that it was trained on'
         )
     accelerator = Accelerator()
-    cfg = network.pretrained_cfg
-    batches = eval_batches(
-        data.decode(split).to(accelerator.device),
-        cfg['mean'],
-        cfg['std'],
-        batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    metrics = evaluate(network.to(accelerator.device), batches, accelerator)
+    cfg, images = network.pretrained_cfg, data.decode(split).to(accelerator.device)
+    network = network.to(accelerator.device)
+    metrics = evaluate_split(network, images, cfg['mean'], cfg['std'], accelerator, batch_size)
     accelerator.print(
         f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images'
     )

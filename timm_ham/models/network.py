@@ -25,6 +25,8 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 from torch.nn import functional as F
 
+from timm_ham.models.preact import PreActBlock
+
 __all__ = ['ResidualNetwork', 'ZeroPadShortcut']
 
 
@@ -83,14 +85,13 @@ class ResidualNetwork(nn.Module):
     Args:
         depths: Blocks in each stage.
         widths: Width (timm's `planes`) of each stage.
-        block: timm's BasicBlock, or a class that is called like it.
+        block: timm's BasicBlock, or a class that is called like it. With PreActBlock the stem is a convolution alone,
+            and a norm and activation follow the last stage.
         num_classes: Classes; 0 leaves the classifier out.
         in_chans: Channels of the input images.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
         stem_width: Channels of the stem.
         stem_pool: 3x3 max pool of stride 2 after the stem.
-        pre_activation: The blocks are pre-activation ones: the stem is a convolution alone, and a norm and activation
-            follow the last stage.
         attn_layer: Attention in each block, as timm's blocks take it: a name, a class or None.
         attn_kwargs: Arguments for the attention, such as dict(kernel_size=3).
         act_layer: Activation.
@@ -115,7 +116,6 @@ class ResidualNetwork(nn.Module):
         global_pool: str = 'avg',
         stem_width: int = 16,
         stem_pool: bool = False,
-        pre_activation: bool = False,
         attn_layer: Optional[LayerType] = None,
         attn_kwargs: Optional[Dict[str, Any]] = None,
         act_layer: LayerType = nn.ReLU,
@@ -144,6 +144,7 @@ class ResidualNetwork(nn.Module):
             **dd,
         )
 
+        pre_activation = issubclass(block, PreActBlock)
         norm_act = dict(norm_layer=norm_layer, act_layer=act_layer, **dd)
         self.stem = ConvNormAct(in_chans, stem_width, 3, apply_norm=not pre_activation, **norm_act)
         self.feature_info = [dict(num_chs=stem_width, reduction=1, module='stem')]

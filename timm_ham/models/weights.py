@@ -103,7 +103,7 @@ def load_model(name: str) -> nn.Module:
     """
     if (Path(name) / CONFIG_FILE).is_file():
         return timm.create_model(f'local-dir:{name}', pretrained=True)
-    if name not in timm.list_pretrained() and not timm.models.is_model_pretrained(name):
+    if not timm.is_model_pretrained(name):
         choices = [
             *(folder.name for folder in hub_folders()),
             f'a folder with {CONFIG_FILE}',

@@ -37,9 +37,7 @@ ARCHITECTURES: Dict[str, Dict[str, Any]] = {
     'resnet32': _cifar_resnet(32),
     'resnet56': _cifar_resnet(56),
     'resnet110': _cifar_resnet(110),
-    'wide_resnet16_8': dict(
-        depths=(2, 2, 2), widths=(128, 256, 512), stem_width=16, block=PreActBlock, pre_activation=True
-    ),
+    'wide_resnet16_8': dict(depths=(2, 2, 2), widths=(128, 256, 512), stem_width=16, block=PreActBlock),
     'resnext29_8x64d': dict(
         depths=(3, 3, 3),
         widths=(64, 128, 256),

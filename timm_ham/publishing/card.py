@@ -57,7 +57,7 @@ def model_card(name: str, record: Dict[str, Any], metrics: List[Dict[str, float]
             )
         ],
     )
-    recipe = Recipe(**{**record['recipe'], 'milestones': tuple(record['recipe']['milestones'])})
+    recipe = Recipe.from_json(record['recipe'])
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),

@@ -140,7 +140,7 @@ def _decode_images(split: datasets.Dataset, name: str, column: str) -> torch.Ten
     images = None
     try:
         stored = split.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow's errors derive from
         raise TimmHamError(f'column {column!r} does not hold images: name another with --image-column') from error
     rows = chain.from_iterable(batch[column] for batch in stored.iter(1000))
     # None: no bar where nobody watches.

@@ -8,7 +8,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ['Metrics', 'evaluate']
+from timm_ham.training.batches import eval_batches
+from timm_ham.training.data import Split
+
+__all__ = ['Metrics', 'evaluate', 'evaluate_split']
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,25 @@ def evaluate(
     model.train(was_training)
     loss, correct, images = accelerator.reduce(totals, reduction='sum').tolist()
     return Metrics(loss=loss / images, accuracy=correct / images, images=int(images))
+
+
+def evaluate_split(
+    model: nn.Module,
+    split: Split,
+    mean: Tuple[float, ...],
+    std: Tuple[float, ...],
+    accelerator: Accelerator,
+    batch_size: int = 500,
+) -> Metrics:
+    """`evaluate` on the plain images of a split, shared among the processes, each image once.
+
+    Args:
+        model: Images (B, C, H, W) to logits (B, classes).
+        split: Images and labels on the device of the model.
+        mean: Of each channel, pixel values scaled to [0, 1].
+        std: Likewise.
+        accelerator: Knows the processes.
+        batch_size: Images in a batch of one process.
+    """
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    return evaluate(model, eval_batches(split, mean, std, batch_size, rank, processes), accelerator)

@@ -61,6 +61,11 @@ class Recipe:
     seed: int = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
 
+    @classmethod
+    def from_json(cls, values: Dict[str, Any]) -> 'Recipe':
+        """The recipe whose `asdict` went through JSON, which has no tuples."""
+        return cls(**{**values, 'milestones': tuple(values['milestones'])})
+
 
 PAPER = Recipe(
     dataset='cifar10',

@@ -82,11 +82,15 @@ def _git_commit() -> Optional[str]:
     return described.stdout.strip()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_text(path: Path, text: str) -> None:
     """Write by renaming, so that a reader or a kill never meets half a file."""
     part = path.with_name(path.name + '.part')
-    part.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+    part.write_text(text, encoding='utf-8')
     os.replace(part, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_text(path, json.dumps(value, indent=2) + '\n')
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,7 @@ class Run:
 
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
-        values = self.record()['recipe']
-        return Recipe(**{**values, 'milestones': tuple(values['milestones'])})
+        return Recipe.from_json(self.record()['recipe'])
 
     def data(self) -> DataInfo:
         """The facts about the dataset."""
@@ -163,9 +166,7 @@ class Run:
 
     def write_metrics(self, lines: List[Dict[str, float]]) -> None:
         """Replace metrics.jsonl."""
-        part = self.metrics_file.with_name(self.metrics_file.name + '.part')
-        part.write_text(''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8')
-        os.replace(part, self.metrics_file)
+        _write_text(self.metrics_file, ''.join(json.dumps(line) + '\n' for line in lines))
 
     def checkpoints(self) -> List[Path]:
         """Complete checkpoints, oldest first."""

@@ -25,16 +25,15 @@ from tqdm.auto import tqdm
 from timm_ham.errors import TimmHamError
 from timm_ham.layers import ATTENTIONS
 from timm_ham.models import ARCHITECTURES
-from timm_ham.training.batches import TrainBatches, eval_batches
+from timm_ham.training.batches import TrainBatches
 from timm_ham.training.curves import draw_curves
 from timm_ham.training.data import DataInfo, load_splits
-from timm_ham.training.evaluate import Metrics, evaluate
+from timm_ham.training.evaluate import Metrics, evaluate_split
 from timm_ham.training.recipes import Recipe
 from timm_ham.training.run import Run, checkpoint_epoch, environment
 
 __all__ = ['resume', 'train']
 
-EVAL_BATCH = 500
 SHOW_EVERY = 10  # steps between looks at the loss, each of which waits for the device
 
 
@@ -190,15 +189,7 @@ class Trainer:
 
     def measure(self, split: str) -> Metrics:
         """Metrics of the trained network on a split, in the precision of the enclosing autocast, if any."""
-        batches = eval_batches(
-            self.splits[split],
-            self.data.mean,
-            self.data.std,
-            EVAL_BATCH,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        return evaluate(self.trained, batches, self.accelerator)
+        return evaluate_split(self.trained, self.splits[split], self.data.mean, self.data.std, self.accelerator)
 
     def run_epoch(self, epoch: int, bar: tqdm) -> None:
         """Train an epoch, measure the held-out part, write both down, draw, checkpoint."""
