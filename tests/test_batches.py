@@ -5,7 +5,7 @@ import torch
 from timm.data import create_transform
 from torchvision.transforms.functional import to_pil_image
 
-from timm_ham.training.batches import TrainBatches, eval_batches, normalize, random_crop_flip
+from timm_ham.training.batches import TrainBatches, cutout, eval_batches, normalize, random_crop_flip
 from timm_ham.training.data import Split
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -49,6 +49,31 @@ def test_crop_and_flip_equal_loops():
     assert torch.equal(out[1], images[1])  # an offset of the padding is the image itself
 
 
+@pytest.mark.parametrize('size', [1, 2, 3, 8, 20])
+def test_cutout_equals_loops(size):
+    images = normalize(pixels(), MEAN, STD)
+    centers = torch.tensor([[0, 0], [4, 6], [2, 3], [0, 6], [3, 1], [1, 5]])
+    out = cutout(images, centers, size)
+    for n, (row, column) in enumerate(centers.tolist()):
+        top, left = row - size // 2, column - size // 2
+        for i in range(5):
+            for j in range(7):
+                blank = top <= i < top + size and left <= j < left + size
+                assert torch.equal(out[n, :, i, j], torch.zeros(3) if blank else images[n, :, i, j])
+
+
+def test_cutout_is_centered_anywhere_and_leaves_the_rest_of_the_augmentation_alone():
+    split = Split(torch.full((2000, 5, 7, 3), 255, dtype=torch.uint8), torch.zeros(2000, dtype=torch.long))
+    kwargs = dict(mean=(0.0,) * 3, std=(1.0,) * 3, batch_size=2000, seed=1)
+    ((images, _),) = TrainBatches(split, cutout=1, **kwargs).epoch(0)
+    places = (images == 0).all(1).nonzero()
+    assert len(places) == 2000 and len(set(map(tuple, places[:, 1:].tolist()))) == 35
+    augmented = [next(TrainBatches(numbered(50), MEAN, STD, 50, 2, True, size).epoch(3)) for size in (0, 2)]
+    assert torch.equal(augmented[0][1], augmented[1][1])
+    kept = augmented[1][0] != 0
+    assert torch.equal(augmented[0][0][kept], augmented[1][0][kept]) and not kept.all()
+
+
 def test_augmentation_varies_over_its_range():
     """Over an epoch every offset is drawn and about half of the images are mirrored."""
     image = torch.zeros(9, 9, 3, dtype=torch.uint8)
@@ -89,7 +114,7 @@ def test_seeds_differ():
 
 @pytest.mark.parametrize('processes', [2, 3])
 def test_processes_share_each_global_batch(processes):
-    kwargs = dict(mean=MEAN, std=STD, batch_size=12, padding=1, flip=True, seed=3)
+    kwargs = dict(mean=MEAN, std=STD, batch_size=12, padding=1, flip=True, cutout=2, seed=3)
     alone = list(TrainBatches(numbered(50), **kwargs).epoch(1))
     shares = [
         list(TrainBatches(numbered(50), **kwargs, rank=rank, processes=processes).epoch(1)) for rank in range(processes)

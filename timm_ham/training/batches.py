@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from timm_ham.training.data import Split
 
-__all__ = ['TrainBatches', 'eval_batches', 'normalize', 'random_crop_flip']
+__all__ = ['TrainBatches', 'cutout', 'eval_batches', 'normalize', 'random_crop_flip']
 
 
 def normalize(images: torch.Tensor, mean: Tuple[float, ...], std: Tuple[float, ...]) -> torch.Tensor:
@@ -41,6 +41,25 @@ def random_crop_flip(
     return padded[torch.arange(batch, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def cutout(images: torch.Tensor, centers: torch.Tensor, size: int) -> torch.Tensor:
+    """Zero a square in each image, part of which may lie outside: https://arxiv.org/abs/1708.04552.
+
+    Args:
+        images: Normalized, (B, C, H, W); zero is the mean colour.
+        centers: int64 (B, 2), row and column of each square's center.
+        size: Side of the square, pixels.
+
+    Returns:
+        Images of the same shape and dtype.
+    """
+    rows, columns = (
+        torch.arange(length, device=images.device) - centers[:, axis, None] + size // 2
+        for axis, length in enumerate(images.shape[2:])
+    )  # B H and B W, 0 to size - 1 inside of the square
+    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
+    return images.masked_fill(inside[:, None], 0)
+
+
 @dataclass(frozen=True)
 class TrainBatches:
     """The training batches of each epoch, the same for a seed on any device and with any number of processes.
@@ -50,7 +69,7 @@ class TrainBatches:
 
     split: Images on the device to work on.
     batch_size: Over all processes; `epoch` yields this process's share.
-    padding, flip: Augmentation, as in Recipe.
+    padding, flip, cutout: Augmentation, as in Recipe.
     """
 
     split: Split
@@ -59,6 +78,7 @@ class TrainBatches:
     batch_size: int
     padding: int = 0
     flip: bool = False
+    cutout: int = 0
     seed: int = 0
     rank: int = 0
     processes: int = 1
@@ -81,7 +101,12 @@ class TrainBatches:
             images = self.split.images[batch]
             if self.padding or self.flip:
                 images = random_crop_flip(images, offsets, flips if self.flip else None, self.padding)
-            yield normalize(images, self.mean, self.std), self.split.labels[batch]
+            images = normalize(images, self.mean, self.std)
+            if self.cutout:
+                sides = torch.tensor(images.shape[2:])
+                centers = (torch.rand(self.batch_size, 2, generator=generator) * sides).long()
+                images = cutout(images, centers[self.rank :: self.processes].to(images.device), self.cutout)
+            yield images, self.split.labels[batch]
 
 
 def eval_batches(

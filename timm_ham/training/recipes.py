@@ -26,6 +26,8 @@ class Recipe:
     """Pixels of zero padding around an image before a random crop of its size. 0: no crop."""
     flip: bool = True
     """Random horizontal flip."""
+    cutout: int = 0
+    """Side of a square that is blanked at a random place of each image, pixels. 0: none."""
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 128

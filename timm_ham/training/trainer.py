@@ -110,6 +110,7 @@ class Trainer:
             min(recipe.batch_size, len(self.splits['train'])),
             recipe.crop_padding,
             recipe.flip,
+            recipe.cutout,
             recipe.seed,
             self.accelerator.process_index,
             self.accelerator.num_processes,
