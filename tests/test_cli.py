@@ -9,7 +9,7 @@ import time
 import pytest
 import timm
 
-from timm_ham import cli
+from timm_ham import autoload, cli
 
 TINY = ['--epochs', '1', '--batch-size', '16', '--precision', 'fp32']
 
@@ -51,6 +51,9 @@ def test_train_evaluate_export(tiny_folder, tmp_path, monkeypatch, capsys, fresh
             "did you mean 'resnet20_ham'? Choose <architecture>_<attention> from resnet20, ",
         ),
         (['train', '--label-column', 'kind'], 'choose from image (Image), label (ClassLabel)'),
+        (['train', '--model-args', '{"attn_kwargs": {"kernal": 3}}'], "unexpected keyword argument 'kernal'"),
+        (['list', 'resnet19*'], "no model is called 'resnet19*'"),
+        (['complexity', 'ham'], "no model is called 'ham'"),
         (['train', '--resume', 'nowhere'], 'nowhere is not the folder of a run'),
         (['train', '--resume', 'nowhere', '--epochs', '3'], 'leave the other options out'),
         (['evaluate', 'resnet20_plain'], "no weights for 'resnet20_plain': choose from"),
@@ -68,6 +71,25 @@ def test_mistakes_are_one_line_and_a_status(words, message, tmp_path, monkeypatc
 @pytest.mark.parametrize('words', [['train', '--epoch', '3'], ['train', '--epochs', 'x'], ['trian'], []])
 def test_mistyped_options(words, capsys):
     assert run(*words) == 2
+
+
+def test_list(capsys):
+    assert run('list', 'resnet20_*') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 11
+    (line,) = [line for line in lines if line.startswith('resnet20_ham ')]
+    assert line.split() == ['resnet20_ham', '32x32', '270,667', '41.3', 'M', 'cifar10']
+
+
+def test_autoload(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(autoload, '_folders', lambda: [tmp_path])
+    said = []
+    for action in ('status', 'on', 'status', 'off', 'off'):
+        assert run('autoload', action) == 0
+        said.append(capsys.readouterr().out.strip())
+    file = tmp_path / autoload.START_UP_FILE
+    assert said[0] == 'off: scripts need `import timm_ham`' and said[1].endswith(f'by {file}')
+    assert said[2:] == [f'on, by {file}', f'off: removed {file}', 'off: it was off'] and not list(tmp_path.iterdir())
 
 
 def test_weights_of_other_classes(tiny_folder, tmp_path, monkeypatch, capsys, fresh):

@@ -2,14 +2,15 @@
 
 import importlib
 import json
+import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_ham import MODELS, TimmHamError
 from timm_ham.models import weights, zoo
@@ -78,6 +79,22 @@ def test_folder_holds_what_the_hub_holds(finished, folder):
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # weights readable by whom the rest is
     for path in folder.iterdir():
         assert b'secret' not in path.read_bytes(), path
+
+
+def test_an_ablation_reloads(finished, tmp_path):
+    """What makes the model differ from its name's is in config.json, by timm's own means."""
+    shutil.copytree(finished.folder, tmp_path / 'run')
+    run = Run(tmp_path / 'run')
+    attn_kwargs = {'kernel_size': 3, 'separation_rate': 0.5}
+    recipe = replace(run.recipe(), model_args={'attn_kwargs': attn_kwargs})
+    run.note(recipe=asdict(recipe))
+    model = timm.create_model('resnet20_ham', num_classes=2, attn_kwargs=attn_kwargs).eval()
+    save_file(model.state_dict(), run.weights_file)
+    folder = export(run, tmp_path / 'hub')
+    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert reloaded.stages[0][0].se.spatial_conv.kernel_size == (3, 3)
+    assert torch.equal(reloaded(IMAGES), model(IMAGES))
+    assert '"kernel_size": 3' in (folder / 'README.md').read_text()
 
 
 def test_reload_gives_the_same_logits(finished, folder):
@@ -207,10 +224,17 @@ def test_command_line_is_read_back(monkeypatch):
     from timm_ham import cli
 
     recipe = replace(
-        RECIPES['cifar_paper'], milestones=(3, 5), flip=False, nesterov=True, epochs=7, learning_rate=0.05, seed=2
+        RECIPES['cifar_paper'],
+        model_args={'attn_kwargs': {'kernel_size': 3}, 'drop_rate': 0.1},
+        milestones=(3, 5),
+        flip=False,
+        nesterov=True,
+        epochs=7,
+        learning_rate=0.05,
+        seed=2,
     )
     trained = []
-    monkeypatch.setattr(cli.trainer, 'train', lambda *arguments: trained.append(arguments) or cli.sys.exit(0))
+    monkeypatch.setattr(trainer, 'train', lambda *arguments: trained.append(arguments) or cli.sys.exit(0))
     with pytest.raises(SystemExit):
-        cli.main(command_line(recipe, 'cifar_paper').split()[1:])
+        cli.main(shlex.split(command_line(recipe, 'cifar_paper'))[1:])
     assert trained[0][:2] == (recipe, 'cifar_paper')

@@ -338,7 +338,7 @@ def test_is_an_attn_layer_of_timm(name):
 
 
 def test_input_of_another_width_is_refused():
-    with pytest.raises(AssertionError, match='another number of channels than the module'):
+    with pytest.raises(AssertionError, match='another number of channels than its own'):
         HybridAttention(16)(torch.randn(2, 32, 4, 4))
 
 

@@ -9,7 +9,6 @@ import datasets
 import timm
 import torch
 
-from timm_ham import MODELS
 from timm_ham.models.weights import hub_folders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,14 +22,9 @@ def test_import_is_light():
     assert {module.partition('.')[0] for module in out} <= {'timm_ham', 'hashlib', '_hashlib', '_blake2'}
 
 
-def test_model_card_lists_models_and_weights():
-    """All registered names with their parameter counts, and each folder under hub/ with the accuracy of its record."""
+def test_model_card_lists_the_weights():
+    """Each folder under hub/ with the accuracy of its record. (test_complexity holds the models to the registry.)"""
     lines = (ROOT / 'MODEL_CARD.md').read_text().splitlines()
-    for name in MODELS:
-        count = sum(
-            parameter.numel() for parameter in timm.create_model(name, num_classes=10, device='meta').parameters()
-        )
-        assert any(line.startswith(f'| `{name}` |') and f' {count:,} ' in line for line in lines), name
     folders = list(hub_folders())
     assert folders
     for folder in folders:

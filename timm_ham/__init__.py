@@ -5,8 +5,18 @@ model = timm.create_model('resnet20_ham', pretrained=True)
 """
 
 from timm_ham.errors import TimmHamError
-from timm_ham.layers import ATTENTIONS, HybridAttention
-from timm_ham.models import ARCHITECTURES, MODELS, ResidualNetwork
+from timm_ham.layers import ABLATIONS, ATTENTIONS, HybridAttention, RecurrentCrissCrossAttention
+from timm_ham.models import ARCHITECTURES, MODELS, ResidualNetwork, add_attention
 
-__all__ = ['ARCHITECTURES', 'ATTENTIONS', 'MODELS', 'HybridAttention', 'ResidualNetwork', 'TimmHamError']
+__all__ = [
+    'ABLATIONS',
+    'ARCHITECTURES',
+    'ATTENTIONS',
+    'MODELS',
+    'HybridAttention',
+    'RecurrentCrissCrossAttention',
+    'ResidualNetwork',
+    'TimmHamError',
+    'add_attention',
+]
 __version__ = '0.1.0'

@@ -1,4 +1,6 @@
-"""Train, measure and export image classifiers with the Hybrid Attention Module, in timm's formats."""
+"""Train, measure, export and compare image classifiers with the Hybrid Attention Module, in timm's formats."""
+
+# Each command imports what it needs when it runs: accelerate and datasets take seconds, which `list` can do without.
 
 import argparse
 import sys
@@ -6,17 +8,10 @@ from pathlib import Path
 from typing import Annotated, Callable, Dict, Literal, Optional, Sequence
 
 import tyro
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 
+from timm_ham import autoload
 from timm_ham.errors import TimmHamError
-from timm_ham.models.weights import load_model
-from timm_ham.publishing.export import export
-from timm_ham.training import trainer
-from timm_ham.training.data import open_dataset
-from timm_ham.training.evaluate import evaluate_split
 from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
-from timm_ham.training.run import Run, new_run_folder
 
 __all__ = ['main']
 
@@ -41,6 +36,13 @@ def train_command(recipe_name: str) -> Callable[..., None]:
             run: Folder for the run, a new one; runs/<model>.<recipe> if not given.
             resume: Folder of a run to go on with, from its last finished epoch, by its own recipe.
         """
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        from timm_ham.publishing.export import export
+        from timm_ham.training import trainer
+        from timm_ham.training.run import Run, new_run_folder
+
         if resume and (options != named or run):
             raise TimmHamError(f'--resume goes on by the recipe of {resume}: leave the other options out')
         state = PartialState()
@@ -82,6 +84,12 @@ def evaluate_command(
         image_column: Column of the images; found by its type if not given.
         label_column: Column of the labels; found by its type if not given.
     """
+    from accelerate import Accelerator
+
+    from timm_ham.models.weights import load_model
+    from timm_ham.training.data import open_dataset
+    from timm_ham.training.evaluate import evaluate_split
+
     network = load_model(model)
     data = open_dataset(dataset, image_column, label_column)
     if network.num_classes != len(data.label_names):
@@ -113,12 +121,60 @@ def export_command(
         tag: What the weights are of; the dataset's name if not given.
         overwrite: Replace a folder of that name.
     """
+    from timm_ham.publishing.export import export
+    from timm_ham.training.run import Run
+
     print(f'exported to {export(Run(run), hub, tag, overwrite)}/')
+
+
+def list_command(pattern: Annotated[str, tyro.conf.Positional] = '*', /) -> None:
+    """List the models: parameters, multiply-adds, weights.
+
+    Args:
+        pattern: Which ones, with * and ?, such as 'resnet18_*'.
+    """
+    from timm_ham.inspection.complexity import model_table
+
+    print(model_table(pattern))
+
+
+def complexity_command(pattern: Annotated[str, tyro.conf.Positional] = '*', /, markdown: bool = False) -> None:
+    """Show parameters, GFLOPs and Memory of the models beside the paper's figures.
+
+    Args:
+        pattern: Which models, with * and ?, such as 'resnet18_*'.
+        markdown: Print Markdown.
+    """
+    from timm_ham.inspection.complexity import complexity_table
+
+    print(complexity_table(pattern, markdown))
+
+
+def autoload_command(action: Annotated[Literal['on', 'off', 'status'], tyro.conf.Positional], /) -> None:
+    """Make `import timm` bring timm_ham along in this environment, or no more.
+
+    Args:
+        action: on writes a small start-up file into site-packages, off removes it, status tells whether it is there.
+    """
+    if action == 'on':
+        print(f'on: `import timm` now registers the models of timm_ham, by {autoload.switch_on()}')
+    elif action == 'off':
+        print('\n'.join(f'off: removed {file}' for file in autoload.switch_off()) or 'off: it was off')
+    else:
+        file = autoload.installed()
+        print(f'on, by {file}' if file else 'off: scripts need `import timm_ham`')
 
 
 def commands(recipe_name: str) -> Dict[str, Callable[..., None]]:
     """The commands by name."""
-    return {'train': train_command(recipe_name), 'evaluate': evaluate_command, 'export': export_command}
+    return {
+        'train': train_command(recipe_name),
+        'evaluate': evaluate_command,
+        'export': export_command,
+        'list': list_command,
+        'complexity': complexity_command,
+        'autoload': autoload_command,
+    }
 
 
 def main(args: Optional[Sequence[str]] = None) -> None:

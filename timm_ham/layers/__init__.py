@@ -1,6 +1,7 @@
 """Attention layers, on torch and timm alone."""
 
-from timm_ham.layers.attention import ATTENTIONS
+from timm_ham.layers.attention import ABLATIONS, AFTER_STAGES, ATTENTIONS
 from timm_ham.layers.ham import HybridAttention
+from timm_ham.layers.rcca import RecurrentCrissCrossAttention
 
-__all__ = ['ATTENTIONS', 'HybridAttention']
+__all__ = ['ABLATIONS', 'AFTER_STAGES', 'ATTENTIONS', 'HybridAttention', 'RecurrentCrissCrossAttention']

@@ -14,7 +14,7 @@ from timm.layers import _assert
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ['HybridAttention']
+__all__ = ['HybridAttention', 'HybridChannelAttention', 'adaptive_pool']
 
 
 def channel_kernel_size(channels: int) -> int:
@@ -42,7 +42,78 @@ def pooling_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class HybridAttention(nn.Module):
+def adaptive_pool(x: torch.Tensor, pool_logits: torch.Tensor) -> torch.Tensor:
+    """Eq. 5: f = 1/2 (avg + max) + alpha avg + beta max, of the global average and maximum over H x W.
+
+    Args:
+        x: (B, C, H, W).
+        pool_logits: (2,), alpha and beta before their sigmoid.
+
+    Returns:
+        (B, C), float32 at least.
+    """
+    dtype = pooling_dtype(x)
+    avg = x.mean((2, 3), dtype=dtype)  # B C
+    max = x.amax((2, 3)).to(dtype)  # B C
+    weights = pool_logits.sigmoid().to(dtype)
+    return 0.5 * (avg + max) + weights[0] * avg + weights[1] * max
+
+
+class HybridChannelAttention(nn.Module):
+    """HAM's channel half alone: A = sigmoid(conv1d_k(f)), F' = A * x, with f as in `adaptive_pool` (Eq. 5-7, Eq. 1).
+
+    (B, C, H, W) to the same shape, dtype and memory format. Adds k + 2 parameters, k = |log2(C)/2 + 1/2|_odd.
+
+    Args:
+        channels: C, the channels of the feature map.
+        adaptive: Train alpha and beta; without, f = avg + max, which is what both at 0.5 make of it.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, channels: int, adaptive: bool = True, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.channels = channels
+        # Logits of (alpha, beta). transformers renames parameters with 'beta' or 'gamma' in their names, so they have
+        # neither.
+        if adaptive:
+            self.pool_logits = nn.Parameter(torch.zeros(2, **dd))
+        else:
+            self.register_buffer('pool_logits', torch.zeros(2, **dd), persistent=False)
+        k = channel_kernel_size(channels)
+        self.channel_conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, **dd)
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """Weight of the average-pooled features, a scalar in (0, 1)."""
+        return self.pool_logits[0].sigmoid()
+
+    @property
+    def beta(self) -> torch.Tensor:
+        """Weight of the max-pooled features, a scalar in (0, 1)."""
+        return self.pool_logits[1].sigmoid()
+
+    def channel_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Channel attention before its sigmoid, the argument of sigma in Eq. 7: (B, C), float32 at least."""
+        # No shape below depends on it, so a wrong width would give a wrong attention in silence.
+        _assert(x.shape[1] == self.channels, 'attention on an input with another number of channels than its own')
+        f = adaptive_pool(x, self.pool_logits)
+        # The convolution as a sum over windows: autocast would run a conv1d in bfloat16, and channels would tie.
+        k = self.channel_conv.kernel_size[0]
+        windows = F.pad(f, (k // 2, k // 2)).unfold(1, k, 1)  # B C k
+        return (windows * self.channel_conv.weight.to(f.dtype).view(-1)).sum(-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the class says."""
+        return self.channel_logits(x).sigmoid().to(x.dtype)[:, :, None, None] * x
+
+    def extra_repr(self) -> str:
+        """What print shows in the brackets."""
+        return f'{self.channels}'
+
+
+class HybridAttention(HybridChannelAttention):
     r"""Channel attention, then one spatial attention for the important and one for the sub-important channels.
 
     It takes and returns a feature map of shape (B, C, H, W), of the same dtype and memory format, and stands after the
@@ -88,7 +159,6 @@ class HybridAttention(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         if channels < 4:
             raise ValueError(f'channels must be at least 4, to have two groups of at least 2, but is {channels}')
         if not 0 < separation_rate < 1:
@@ -96,37 +166,10 @@ class HybridAttention(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd and positive, but is {kernel_size}')
         dd = {'device': device, 'dtype': dtype}
-        self.channels = channels
+        super().__init__(channels, **dd)
         self.important_channels = num_important_channels(channels, separation_rate)
-        # Logits of (alpha, beta). transformers renames parameters with 'beta' or 'gamma' in their names, so they have
-        # neither.
-        self.pool_logits = nn.Parameter(torch.zeros(2, **dd))
-        k = channel_kernel_size(channels)
-        self.channel_conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, **dd)
         self.spatial_conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
         self.spatial_norm = nn.BatchNorm2d(1, **dd)
-
-    @property
-    def alpha(self) -> torch.Tensor:
-        """Weight of the average-pooled features, a scalar in (0, 1)."""
-        return self.pool_logits[0].sigmoid()
-
-    @property
-    def beta(self) -> torch.Tensor:
-        """Weight of the max-pooled features, a scalar in (0, 1)."""
-        return self.pool_logits[1].sigmoid()
-
-    def channel_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Channel attention before its sigmoid, the argument of sigma in Eq. 7: (B, C), float32 at least."""
-        dtype = pooling_dtype(x)
-        avg = x.mean((2, 3), dtype=dtype)  # B C
-        max = x.amax((2, 3)).to(dtype)  # B C
-        alpha, beta = self.alpha.to(dtype), self.beta.to(dtype)
-        f = 0.5 * (avg + max) + alpha * avg + beta * max
-        # The convolution as a sum over windows: autocast would run a conv1d in bfloat16, and channels would tie.
-        k = self.channel_conv.kernel_size[0]
-        windows = F.pad(f, (k // 2, k // 2)).unfold(1, k, 1)  # B C k
-        return (windows * self.channel_conv.weight.to(dtype).view(-1)).sum(-1)
 
     def separate(self, logits: torch.Tensor) -> torch.Tensor:
         """Algorithm 1: (B, C) logits to a (B, C) mask, True where a channel is important."""
@@ -145,8 +188,6 @@ class HybridAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the same shape, dtype and memory format."""
-        # No shape below depends on it, so a wrong width would give wrong groups in silence.
-        _assert(x.shape[1] == self.channels, 'HybridAttention: input with another number of channels than the module')
         logits = self.channel_logits(x)
         refined = logits.sigmoid().to(x.dtype)[:, :, None, None] * x  # F', Eq. 1
         important = self.separate(logits).to(x.dtype)[:, :, None, None]

@@ -56,9 +56,13 @@ def residual_stage(
     planes: int,
     stride: int,
     drop_path_rates: Sequence[float],
+    attention: Optional[nn.Module],
     **block_args,
 ) -> nn.Sequential:
-    """One block for each rate; the first one strides and widens, through a shortcut without parameters."""
+    """One block for each rate, then the attention if any.
+
+    The first block strides and widens, through a shortcut without parameters.
+    """
     out_channels = planes * block.expansion
     blocks = []
     for index, rate in enumerate(drop_path_rates):
@@ -73,7 +77,7 @@ def residual_stage(
                 **block_args,
             )
         )
-    return nn.Sequential(*blocks)
+    return nn.Sequential(*blocks) if attention is None else nn.Sequential(*blocks, attention)
 
 
 class ResidualNetwork(nn.Module):
@@ -93,6 +97,7 @@ class ResidualNetwork(nn.Module):
         stem_width: Channels of the stem.
         stem_pool: 3x3 max pool of stride 2 after the stem.
         attn_layer: Attention in each block, as timm's blocks take it: a name, a class or None.
+        stage_attn_layer: Attention after each of the last three stages, given in the same way.
         attn_kwargs: Arguments for the attention, such as dict(kernel_size=3).
         act_layer: Activation.
         norm_layer: Norm.
@@ -117,6 +122,7 @@ class ResidualNetwork(nn.Module):
         stem_width: int = 16,
         stem_pool: bool = False,
         attn_layer: Optional[LayerType] = None,
+        stage_attn_layer: Optional[LayerType] = None,
         attn_kwargs: Optional[Dict[str, Any]] = None,
         act_layer: LayerType = nn.ReLU,
         norm_layer: LayerType = nn.BatchNorm2d,
@@ -132,10 +138,12 @@ class ResidualNetwork(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.grad_checkpointing = False
-        if attn_kwargs:
-            if attn_layer is None:
-                raise TypeError(f'attn_kwargs {attn_kwargs} given to a network without attention')
-            attn_layer = partial(get_attn(attn_layer), **attn_kwargs)
+        if attn_kwargs and not (attn_layer or stage_attn_layer):
+            raise TypeError(f'attn_kwargs {attn_kwargs} given to a network without attention')
+        attn_layer, stage_attn_layer = (
+            partial(get_attn(layer), **(attn_kwargs or {})) if layer else None
+            for layer in (attn_layer, stage_attn_layer)
+        )
         block_args = dict(
             attn_layer=attn_layer,
             act_layer=get_act_layer(act_layer),
@@ -155,8 +163,10 @@ class ResidualNetwork(nn.Module):
             zip(widths, calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         ):
             stride = 1 if index == 0 else 2
-            stages.append(residual_stage(block, channels, planes, stride, rates, **block_args))
-            channels, reduction = planes * block.expansion, reduction * stride
+            out_channels = planes * block.expansion
+            attention = stage_attn_layer(out_channels, **dd) if stage_attn_layer and index >= len(depths) - 3 else None
+            stages.append(residual_stage(block, channels, planes, stride, rates, attention, **block_args))
+            channels, reduction = out_channels, reduction * stride
             self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f'stages.{index}'))
         self.stages = nn.Sequential(*stages)
         self.norm = get_norm_act_layer(norm_layer, act_layer)(channels, **dd) if pre_activation else nn.Identity()

@@ -13,7 +13,7 @@ from timm.models import (
 from timm.models.resnet import Bottleneck
 from torch import nn
 
-from timm_ham.layers import ATTENTIONS
+from timm_ham.layers import ABLATIONS, AFTER_STAGES, ATTENTIONS
 from timm_ham.models.network import ResidualNetwork
 from timm_ham.models.preact import PreActBlock
 from timm_ham.models.weights import bundled_cfgs, check_weights
@@ -54,9 +54,9 @@ ARCHITECTURES: Dict[str, Dict[str, Any]] = {
 }
 
 MODELS: Dict[str, Dict[str, Any]] = {
-    f'{name}_{attention}': dict(arguments, attn_layer=layer)
+    f'{name}_{attention}': {**arguments, 'stage_attn_layer' if attention in AFTER_STAGES else 'attn_layer': layer}
     for name, arguments in ARCHITECTURES.items()
-    for attention, layer in ATTENTIONS.items()
+    for attention, layer in {**ATTENTIONS, **ABLATIONS}.items()
 }
 
 
@@ -95,24 +95,25 @@ def _build(name: str, pretrained: bool, **kwargs) -> nn.Module:
         cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         if cfg.file:
             check_weights(Path(cfg.file))
+    table = MODELS[name]
+    if 'block_args' in table:  # the caller's are added to them
+        kwargs['block_args'] = {**table['block_args'], **kwargs.get('block_args', {})}
     return build_model_with_cfg(
         ResidualNetwork,
         name,
         pretrained,
-        feature_cfg=dict(out_indices=tuple(range(1 + len(MODELS[name]['depths']))), flatten_sequential=True),
-        **{**MODELS[name], **kwargs},
+        feature_cfg=dict(out_indices=tuple(range(1 + len(table['depths']))), flatten_sequential=True),
+        **{**table, **kwargs},
     )
 
 
 def _register(name: str) -> Callable[..., nn.Module]:
-    architecture, _, attention = name.rpartition('_')
-
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         return _build(name, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__  # where timm looks for default_cfgs
-    entrypoint.__doc__ = f'{architecture} with attention {attention!r}; keywords as of ResidualNetwork.'
+    entrypoint.__doc__ = f'{name}; keywords as of ResidualNetwork.'
     return register_model(entrypoint)
 
 

@@ -1,5 +1,7 @@
 """The model card, filled from a run's record."""
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -20,6 +22,8 @@ def command_line(recipe: Recipe, recipe_name: str) -> str:
         option = field.replace('_', '-')
         if isinstance(value, bool):
             words.append(f'--{option}' if value else f'--no-{option}')
+        elif isinstance(value, dict):
+            words.append(f'--{option} {shlex.quote(json.dumps(value))}')
         elif isinstance(value, (tuple, list)):
             words.append(' '.join([f'--{option}', *map(str, value)]))
         else:

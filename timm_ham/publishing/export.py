@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import safetensors.torch
-import timm
 import torch
 from timm.models import save_for_hf
 from torch import nn
@@ -19,6 +18,7 @@ from timm_ham.errors import TimmHamError
 from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, WEIGHTS_FILE, load_model
 from timm_ham.publishing.card import model_card
 from timm_ham.training.run import Run
+from timm_ham.training.trainer import build_model
 
 __all__ = ['export']
 
@@ -75,7 +75,7 @@ def _public(record: Dict[str, Any]) -> Dict[str, Any]:
 def _trained_model(run: Run, tag: str) -> nn.Module:
     """The run's model, with its weights, described as timm wants it."""
     data = run.data()
-    model = timm.create_model(run.recipe().model, num_classes=len(data.label_names))
+    model = build_model(run.recipe(), data)
     safetensors.torch.load_model(model, run.weights_file)
     model.pretrained_cfg.update(
         tag=tag,

@@ -1,11 +1,34 @@
 """Recipes: all that decides how a run trains, as values. A named recipe is another one with some fields changed."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Dict, Literal, Optional, Tuple
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Dict, List, Literal, Optional, Tuple
+
+import tyro
 
 from timm_ham.errors import TimmHamError
 
 __all__ = ['RECIPES', 'Recipe', 'changes', 'named_recipe']
+
+
+def _json_object(words: List[str]) -> Dict[str, Any]:
+    value = json.loads(words[0])
+    if not isinstance(value, dict):
+        raise ValueError(f'{words[0]} is not a JSON object')
+    return value
+
+
+# On the command line one word, such as '{"attn_kwargs": {"kernel_size": 3}}'.
+JsonObject = Annotated[
+    Dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar='JSON',
+        instance_from_str=_json_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -14,6 +37,8 @@ class Recipe:
 
     model: str = 'resnet20_ham'
     """Name of a registered model, of timm's too."""
+    model_args: JsonObject = field(default_factory=dict)
+    """Arguments for timm.create_model, such as '{"attn_kwargs": {"kernel_size": 3, "separation_rate": 0.5}}'."""
     dataset: str = 'digits'
     """digits, cifar10, cifar100, the id of a dataset on the Hugging Face Hub, or a local folder of parquet files."""
     image_column: Optional[str] = None

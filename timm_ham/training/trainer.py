@@ -57,8 +57,15 @@ def check_model_name(name: str) -> None:
 
 
 def build_model(recipe: Recipe, data: DataInfo) -> nn.Module:
-    """The recipe's model, untrained, with a class for each of the dataset's."""
-    return timm.create_model(recipe.model, num_classes=len(data.label_names))
+    """The recipe's model, untrained, with a class for each of the dataset's.
+
+    Raises:
+        TimmHamError: If the model does not take the recipe's model_args.
+    """
+    try:
+        return timm.create_model(recipe.model, num_classes=len(data.label_names), **recipe.model_args)
+    except (TypeError, ValueError) as error:
+        raise TimmHamError(f'{recipe.model} can not be made with model_args {recipe.model_args}: {error}') from error
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
