@@ -8,11 +8,19 @@ import torch
 from timm.layers import EcaModule
 from torch import nn
 
-from timm_ham import HybridAttention
+from timm_ham import HybridAttention, set_fused
 from timm_ham.layers.ham import channel_kernel_size, num_important_channels
 
 # B, C, H, W: the smallest C, an odd C_im * 10, the paper's widths; H != W, maps smaller than the 7x7 kernel, batch 1.
 SHAPES = [(2, 4, 5, 3), (1, 10, 4, 9), (3, 16, 6, 5), (2, 64, 3, 4), (1, 128, 2, 3)]
+
+
+@pytest.fixture(params=[False, True], ids=['reference', 'fused'])
+def both_paths(request):
+    """A test of the definition is one of the fast path too."""
+    set_fused(request.param)
+    yield
+    set_fused(True)
 
 
 def sigmoid(value):
@@ -104,7 +112,7 @@ def expected(module, x):
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
-def test_equals_loops(shape, training, memory_format):
+def test_equals_loops(both_paths, shape, training, memory_format):
     module = make(shape[1]).train(training)
     x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
     wanted = expected(module, x)
@@ -117,7 +125,7 @@ def test_equals_loops(shape, training, memory_format):
 @pytest.mark.parametrize(
     'kwargs', [dict(kernel_size=3), dict(kernel_size=5, separation_rate=0.5), dict(separation_rate=0.8)]
 )
-def test_variants_equal_loops(kwargs):
+def test_variants_equal_loops(both_paths, kwargs):
     module = make(10, **kwargs).eval()
     x = torch.randn(2, 10, 6, 5, dtype=torch.float64)
     torch.testing.assert_close(module(x), expected(module, x), rtol=1e-9, atol=1e-9)
@@ -125,7 +133,7 @@ def test_variants_equal_loops(kwargs):
 
 @pytest.mark.parametrize('channels', [4, 10, 16])
 @pytest.mark.parametrize('value', [0.0, 1.0, -2.0])
-def test_ties_equal_loops(channels, value):
+def test_ties_equal_loops(both_paths, channels, value):
     """A constant input ties all channels but those at the ends: more than C_im can be important."""
     module = make(channels).eval()
     x = torch.full((2, channels, 4, 5), value, dtype=torch.float64)
@@ -140,7 +148,7 @@ def test_separation_of_ties():
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-def test_gradcheck(training):
+def test_gradcheck(both_paths, training):
     module = make(4, kernel_size=3).train(training)
     x = torch.randn(2, 4, 3, 4, dtype=torch.float64, requires_grad=True)
     names, values = zip(*module.named_parameters())
@@ -152,13 +160,13 @@ def test_gradcheck(training):
     assert torch.autograd.gradcheck(function, (x, *values))
 
 
-def test_gradient_reaches_every_parameter():
+def test_gradient_reaches_every_parameter(both_paths):
     module = make(16, dtype=torch.float32).train()
     module(torch.randn(2, 16, 8, 8)).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
 
-def test_running_statistics_are_of_both_groups():
+def test_running_statistics_are_of_both_groups(both_paths):
     """Eval mode with the statistics of a batch gives what train mode gave for that batch."""
     module = make(16)
     module.spatial_norm.momentum = 1.0
@@ -222,7 +230,7 @@ def test_wrong_arguments(arguments, message):
         HybridAttention(**arguments)
 
 
-def test_ranking_under_autocast_is_in_float32():
+def test_ranking_under_autocast_is_in_float32(both_paths):
     """Logits whose differences are below the resolution of bfloat16 are still told apart."""
     module = HybridAttention(16).eval()
     with torch.no_grad():
@@ -241,7 +249,7 @@ def test_ranking_under_autocast_is_in_float32():
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_module_is_close_to_float32(dtype):
+def test_half_precision_module_is_close_to_float32(both_paths, dtype):
     module = make(16, dtype=torch.float32).eval()
     x = torch.randn(2, 16, 8, 9).to(dtype)
     with torch.no_grad():

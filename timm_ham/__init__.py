@@ -5,7 +5,7 @@ model = timm.create_model('resnet20_ham', pretrained=True)
 """
 
 from timm_ham.errors import TimmHamError
-from timm_ham.layers import ABLATIONS, ATTENTIONS, HybridAttention, RecurrentCrissCrossAttention
+from timm_ham.layers import ABLATIONS, ATTENTIONS, HybridAttention, RecurrentCrissCrossAttention, set_fused
 from timm_ham.models import ARCHITECTURES, MODELS, ResidualNetwork, add_attention
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     'ResidualNetwork',
     'TimmHamError',
     'add_attention',
+    'set_fused',
 ]
 __version__ = '0.1.0'

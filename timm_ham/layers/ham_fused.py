@@ -1,0 +1,597 @@
+"""The fast path of HybridAttention on a CPU: the function of ham.py in as few passes over memory as torch allows.
+
+HAM's cost is memory traffic. The reference reads and writes the feature map some forty times, forward and backward.
+Here the map is worked on in pieces that stay in the processor's cache, as matrices (b, C, H W) in either memory format:
+
+* Everything that selects a group of channels is a product with the (b, 2, C) matrix of the groups, and so is every sum
+  over channels: `groups @ x` makes descriptors, `groups^T @ maps` spreads maps over the channels again.
+* The backward pass recomputes what it can from x. Saved are x, four descriptor maps and two normalized maps a sample.
+* The 7x7 convolution from 2 maps to 1 leaves a processor's vector units idle. Over blocks of 4x4 pixels it is a 3x3
+  convolution from 32 channels to 16, over a small map a dense matrix: the same numbers in a tenth of the time.
+
+Float16 and bfloat16 maps are computed on in float32, but for bfloat16's spatial convolution. Ranking, ties and their
+gradients are those of the reference: a maximum's gradient is shared by all that attain it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ['fused_applies', 'hybrid_attention', 'set_fused']
+
+CHUNK = 1 << 17  # elements of a piece: with its scratch, what a core's second-level cache holds
+
+
+# The feature map in pieces
+# -------------------------
+
+
+def as_matrix(x: Tensor, channels_last: bool) -> Tensor:
+    """(B, C, H, W) in the given memory format as (B, C, H W), without copying."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2) if channels_last else x.flatten(2)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a feature map is cut: slices of the batch, and scratch of a slice's size.
+
+    shape: (B, C, H, W).
+    channels_last: Memory format; contiguous if not.
+    dtype: To compute in.
+    """
+
+    shape: torch.Size
+    channels_last: bool
+    dtype: torch.dtype
+
+    @property
+    def step(self) -> int:
+        """Samples in a piece."""
+        return min(self.shape[0], max(1, CHUNK // self.shape[1:].numel()))
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in range(0, self.shape[0], self.step):
+            yield slice(start, min(start + self.step, self.shape[0]))
+
+    def scratch(self) -> Tensor:
+        """(step, C, H W), uninitialized."""
+        channels, pixels = self.shape[1], self.shape[2:].numel()
+        if self.channels_last:
+            return torch.empty(self.step, pixels, channels, dtype=self.dtype).transpose(1, 2)
+        return torch.empty(self.step, channels, pixels, dtype=self.dtype)
+
+    def spread(self, groups: Tensor, maps: Tensor, out: Tensor) -> Tensor:
+        """groups^T @ maps: (b, k, C) and (b, k, H W) to (b, C, H W)."""
+        if self.channels_last:
+            torch.bmm(maps.transpose(1, 2), groups, out=out.transpose(1, 2))
+        else:
+            torch.bmm(groups.transpose(1, 2), maps, out=out)
+        return out
+
+    def spread_onto(self, out: Tensor, groups: Tensor, maps: Tensor) -> None:
+        """Add groups^T @ maps to `out`."""
+        if self.channels_last:
+            out.transpose(1, 2).baddbmm_(maps.transpose(1, 2), groups)
+        else:
+            out.baddbmm_(groups.transpose(1, 2), maps)
+
+    def pixel_sum(self, x: Tensor) -> Tensor:
+        """(b, C, H W) to (b, C)."""
+        return (
+            torch.bmm(x, x.new_ones(1, 1, 1).expand(len(x), x.shape[2], 1))[:, :, 0] if self.channels_last else x.sum(2)
+        )
+
+    def pixel_max(self, x: Tensor) -> Tensor:
+        """(b, C, H W) to (b, C)."""
+        if not self.channels_last:
+            return x.amax(2)
+        # In two steps, of which the first has long rows: torch is slow at reducing over many short ones.
+        samples, channels, height, width = len(x), *self.shape[1:]
+        rows = x.transpose(1, 2).reshape(samples, height, width * channels).amax(1)
+        return rows.view(samples, width, channels).amax(1)
+
+
+def in_dtype(x: Tensor, piece: slice, dtype: torch.dtype, scratch: Optional[Tensor]) -> Tensor:
+    """A piece of a matrix in another dtype, copied into scratch if it has to be."""
+    return x[piece] if scratch is None else scratch[: piece.stop - piece.start].copy_(x[piece])
+
+
+# The spatial convolution over blocks of pixels
+# ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Maps (N, d, H, W) as blocks of p x q pixels, (N, d p q, H / p, W / q), where a k x k convolution is another one.
+
+    height, width: H, W.
+    kernel: k.
+    """
+
+    height: int
+    width: int
+    kernel: int
+
+    @property
+    def size(self) -> Tuple[int, int]:
+        """p, q: the whole of a small map, 4 x 4 where that fits, else 1 x 1."""
+        fits = self.height % 4 == 0 and self.width % 4 == 0 and self.kernel <= 9
+        if self.height * self.width <= (144 if fits else 256):
+            return self.height, self.width
+        return (4, 4) if fits else (1, 1)
+
+    @property
+    def reach(self) -> Tuple[int, int]:
+        """Neighbouring blocks that the kernel sees, up and to the left."""
+        p, q = self.size
+        return (
+            0 if p == self.height else math.ceil((self.kernel // 2) / p),
+            0 if q == self.width else math.ceil((self.kernel // 2) / q),
+        )
+
+    def pixels(self, blocked: Tensor) -> Tensor:
+        """Blocks (..., d p q, H / p, W / q) seen as (..., d, H / p, p, W / q, q), which is (..., d, H, W) in order."""
+        p, q = self.size
+        h, w = self.height // p, self.width // q
+        d = blocked.shape[-3] // (p * q)
+        lead = blocked.shape[:-3]
+        n = len(lead)
+        return blocked.view(*lead, d, p, q, h, w).permute(*range(n + 1), n + 3, n + 1, n + 4, n + 2)
+
+    def block(self, maps: Tensor) -> Tensor:
+        """(N, d, H W) to (N, d p q, H / p, W / q)."""
+        p, q = self.size
+        h, w = self.height // p, self.width // q
+        blocked = maps.new_empty(len(maps), maps.shape[1] * p * q, h, w)
+        pixels = self.pixels(blocked)
+        pixels.copy_(maps.view(pixels.shape))
+        return blocked
+
+    def unblock(self, blocked: Tensor) -> Tensor:
+        """(N, d p q, H / p, W / q) to (N, d, H W)."""
+        return self.pixels(blocked).flatten(2)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """(1, 2, k, k) to the weight of the convolution over blocks."""
+        return torch.cat([weight.flatten(), weight.new_zeros(1)])[_weight_index(self)]
+
+    def weight_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradient of the weight over blocks to that of the (1, 2, k, k) weight."""
+        sums = gradient.new_zeros(2 * self.kernel**2 + 1)
+        sums.index_add_(0, _weight_index(self).flatten(), gradient.flatten())
+        return sums[:-1].view(1, 2, self.kernel, self.kernel)
+
+
+@lru_cache(maxsize=64)
+def _weight_index(blocks: Blocks) -> Tensor:
+    """Which weight a pixel of a block has for a pixel of a neighbouring block: (p q, 2 p q, rows, columns).
+
+    Indices into the flattened weight; the last one, 2 k k, stands for zero.
+    """
+    (p, q), (up, left), k = blocks.size, blocks.reach, blocks.kernel
+    out_row, out_column, maps, row, column, block_row, block_column = torch.meshgrid(
+        *(torch.arange(n) for n in (p, q, 2, p, q, 2 * up + 1, 2 * left + 1)), indexing='ij'
+    )
+    u = (block_row - up) * p + row - out_row + k // 2
+    v = (block_column - left) * q + column - out_column + k // 2
+    inside = (u >= 0) & (u < k) & (v >= 0) & (v < k)
+    index = torch.where(inside, (maps * k + u) * k + v, 2 * k * k)
+    return index.reshape(p * q, 2 * p * q, 2 * up + 1, 2 * left + 1)
+
+
+# Forward
+# -------
+
+
+def _band(channel_weight: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """The convolution along the channels as a matrix: logits = f @ band, (C, C)."""
+    weight = channel_weight.detach().flatten().to(dtype)
+    band = weight.new_zeros(channels, channels)
+    for tap, value in enumerate(weight):
+        band.diagonal(len(weight) // 2 - tap).fill_(value)
+    return band
+
+
+def _pool(x: Tensor, pieces: Pieces) -> Tuple[Tensor, Tensor]:
+    """(B, C, H W) to the average and the maximum over pixels, (B, C) each."""
+    avg, top = (torch.empty(x.shape[:2], dtype=pieces.dtype) for _ in range(2))
+    scratch = None if x.dtype == pieces.dtype else pieces.scratch()
+    for piece in pieces:
+        part = in_dtype(x, piece, pieces.dtype, scratch)
+        avg[piece] = pieces.pixel_sum(part)
+        top[piece] = pieces.pixel_max(part)
+    return avg.div_(x.shape[2]), top
+
+
+def _groups(logits: Tensor, important: int) -> Tensor:
+    """Algorithm 1: (B, C) logits to (B, 2, C), 1 where a channel is in the group, important and sub-important."""
+    nth = logits.kthvalue(logits.shape[1] - important + 1, dim=1, keepdim=True).values
+    mask = (logits >= nth).to(logits.dtype)
+    return torch.stack([mask, 1 - mask], dim=1)
+
+
+def _describe(x: Tensor, pieces: Pieces, weighted: Tensor, sizes: Tensor, blocks: Blocks) -> Tensor:
+    """Sum / n and maximum over the channels of each group, in blocks: (B, 2 groups, 2 p q, H / p, W / q)."""
+    p, q = blocks.size
+    described = torch.empty(len(x), 2, 2 * p * q, blocks.height // p, blocks.width // q, dtype=pieces.dtype)
+    avg, top = blocks.pixels(described).unbind(2)
+    convert = None if x.dtype == pieces.dtype else pieces.scratch()
+    # Maxima over few channels are slow where those lie next to each other: turn the piece around.
+    turn = pieces.channels_last and x.shape[1] < 32
+    scratch = (Pieces(pieces.shape, False, pieces.dtype) if turn else pieces).scratch()
+    turned = torch.empty_like(scratch) if turn else None
+    for piece in pieces:
+        part = in_dtype(x, piece, pieces.dtype, convert)
+        avg[piece] = torch.bmm(weighted[piece] / sizes, part).view(avg[piece].shape)
+        if turned is not None:
+            part = turned[: len(part)].copy_(part)
+        product = scratch[: len(part)]
+        for group in range(2):
+            torch.mul(part, weighted[piece, group, :, None], out=product)
+            top[piece, group] = product.amax(1).view(top[piece, group].shape)
+    return described
+
+
+def _apply(x: Tensor, pieces: Pieces, weighted: Tensor, maps: Tensor, out: Tensor) -> None:
+    """out = (weighted^T @ maps) * x."""
+    scratch = pieces.scratch()
+    for piece in pieces:
+        factor = pieces.spread(weighted[piece], maps[piece], scratch[: piece.stop - piece.start])
+        if out.dtype == pieces.dtype:
+            torch.mul(factor, x[piece], out=out[piece])
+        else:
+            out[piece] = factor.mul_(x[piece])
+
+
+def _convolution_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else dtype
+
+
+def _formatted(x: Tensor) -> Tensor:
+    """x itself in one of the two memory formats that the passes know, else a contiguous copy."""
+    known = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x if known else x.contiguous()
+
+
+def _pieces(x: Tensor) -> Pieces:
+    return Pieces(x.shape, not x.is_contiguous(), torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.custom_op('timm_ham::hybrid_attention', mutates_args=())
+def _forward(
+    x: Tensor,
+    pool_logits: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mean: Optional[Tensor],
+    var: Optional[Tensor],
+    important: int,
+    eps: float,
+) -> List[Tensor]:
+    """The module's function; the norm uses the batch's statistics if it is not given any.
+
+    Returns:
+        Output, mean and variance, and for the backward pass: average and maximum over pixels (B, C), logits (B, C),
+        descriptors in blocks, normalized maps in blocks, 1 / standard deviation.
+    """
+    with torch.autocast('cpu', enabled=False):
+        pieces = _pieces(x)
+        dtype, (batch, channels, height, width) = pieces.dtype, x.shape
+        matrix = as_matrix(x, pieces.channels_last)
+        avg, top = _pool(matrix, pieces)
+        alpha_beta = pool_logits.to(dtype).sigmoid()
+        logits = ((0.5 + alpha_beta[0]) * avg + (0.5 + alpha_beta[1]) * top) @ _band(channel_weight, channels, dtype)
+        weighted = _groups(logits, important) * logits.sigmoid()[:, None]
+        sizes = weighted.new_tensor([important, channels - important])[:, None]
+
+        blocks = Blocks(height, width, spatial_weight.shape[-1])
+        described = _describe(matrix, pieces, weighted, sizes, blocks)
+        reduced = _convolution_dtype(x, dtype)
+        kernel = blocks.weight(spatial_weight.to(reduced))
+        z = F.conv2d(described.flatten(0, 1).to(reduced), kernel, padding=blocks.reach).to(dtype)
+        mean = z.mean().view(1) if mean is None else mean.to(dtype, copy=True)
+        z -= mean
+        var = (torch.dot(z.flatten(), z.flatten()) / z.numel()).view(1) if var is None else var.to(dtype, copy=True)
+        scale = (var + eps).rsqrt()
+        z *= scale
+        maps = torch.addcmul(norm_bias.to(dtype), z, norm_weight.to(dtype)).relu_().sigmoid_()
+        out = torch.empty_like(x)
+        maps = blocks.unblock(maps).view(batch, 2, -1)
+        _apply(matrix, pieces, weighted, maps, as_matrix(out, pieces.channels_last))
+    return [out, mean, var, avg, top, logits, described, z, scale]
+
+
+@_forward.register_fake
+def _(x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias, mean, var, important, eps):
+    dtype, (batch, channels, height, width) = torch.promote_types(x.dtype, torch.float32), x.shape
+    blocks = Blocks(height, width, spatial_weight.shape[-1])
+    p, q = blocks.size
+    one, few = (x.new_empty(shape, dtype=dtype) for shape in ((1,), (batch, channels)))
+    described = x.new_empty((batch, 2, 2 * p * q, height // p, width // q), dtype=dtype)
+    z = x.new_empty((2 * batch, p * q, height // p, width // q), dtype=dtype)
+    return [torch.empty_like(x), one, one.clone(), few, few.clone(), few.clone(), described, z, one.clone()]
+
+
+# Backward
+# --------
+
+
+def _products(x: Tensor, gradient: Tensor, pieces: Pieces, weighted: Tensor) -> Tensor:
+    """Gradient of the spatial maps, weighted @ (x * gradient): (B, 2, H W)."""
+    sums = torch.empty(len(x), 2, x.shape[2], dtype=pieces.dtype)
+    product = pieces.scratch()
+    for piece in pieces:
+        part = product[: piece.stop - piece.start]
+        if x.dtype == pieces.dtype:
+            torch.mul(x[piece], gradient[piece], out=part)
+        else:
+            part.copy_(x[piece]).mul_(gradient[piece])
+        torch.bmm(weighted[piece], part, out=sums[piece])
+    return sums
+
+
+def _maps_backward(
+    dmaps: Tensor,
+    described: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    spatial_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    blocks: Blocks,
+    batch_statistics: bool,
+    reduced: torch.dtype,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the maps back to the descriptors: gradients of descriptors, in blocks, of weight and of the norm's two.
+
+    dmaps: Gradient of the maps' sigmoid, in blocks; it is overwritten.
+    """
+    weight = norm_weight.to(z.dtype)
+    y = torch.addcmul(norm_bias.to(z.dtype), z, weight).relu_()
+    maps = y.sigmoid()
+    # sigmoid'(y) = maps (1 - maps), and relu'(y) is 1 where y > 0
+    dy = torch.ops.aten.threshold_backward(torch.ops.aten.sigmoid_backward(dmaps, maps), y, 0)
+    dbias = dy.sum().view(1)
+    dweight = torch.dot(dy.flatten(), z.flatten()).view(1)
+    if batch_statistics:
+        dy.sub_(dbias / z.numel()).addcmul_(z, dweight / z.numel(), value=-1)
+    dz = dy.mul_(scale * weight)
+    kernel = blocks.weight(spatial_weight.to(reduced))
+    ddescribed, dkernel, _ = torch.ops.aten.convolution_backward(
+        dz.to(reduced),
+        described.flatten(0, 1).to(reduced),
+        kernel,
+        None,
+        (1, 1),
+        blocks.reach,
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+        (True, True, False),
+    )
+    return ddescribed.to(z.dtype), blocks.weight_gradient(dkernel.to(z.dtype)), dweight, dbias
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """What the gradient of x is made of, a sample in each row.
+
+    groups, attention: Which group a channel is in, (B, 2, C), and its weight, (B, C).
+    maps, tops, dtops, davgs: Spatial maps, group maxima, their gradients, gradients of the group sums, (B, 2, H W).
+    band: The convolution along the channels, (C, C).
+    pool_weights: Of average and maximum in Eq. 5, (2,).
+    top: Maximum over pixels, (B, C).
+    """
+
+    groups: Tensor
+    attention: Tensor
+    maps: Tensor
+    tops: Tensor
+    dtops: Tensor
+    davgs: Tensor
+    band: Tensor
+    pool_weights: Tensor
+    top: Tensor
+
+
+def _input_gradient(x: Tensor, gradient: Tensor, pieces: Pieces, inner: _Inner, out: Tensor) -> Tuple[Tensor, Tensor]:
+    """Write the gradient of x; returns those of the channel logits and of f (Eq. 5), (B, C) each."""
+    dlogits, df = torch.empty_like(inner.attention), torch.empty_like(inner.attention)
+    first, second = pieces.scratch(), pieces.scratch()
+    x_scratch, g_scratch = (None if x.dtype == pieces.dtype else pieces.scratch() for _ in range(2))
+    for piece in pieces:
+        part = in_dtype(x, piece, pieces.dtype, x_scratch)
+        upper = in_dtype(gradient, piece, pieces.dtype, g_scratch)
+        a, b = first[: len(part)], second[: len(part)]
+        groups, attention = inner.groups[piece], inner.attention[piece, :, None]
+        # Gradient of F' = A x. 1 where a channel has its group's maximum, by the product that the maximum was made of:
+        torch.mul(part, attention, out=a)
+        a.eq_(pieces.spread(groups, inner.tops[piece], b))
+        ties = torch.bmm(groups, a)
+        # ... and so do the zeros of the masked channels, where that is the maximum.
+        ties += (inner.tops[piece] == 0) * (x.shape[1] - groups.sum(2, keepdim=True))
+        a.mul_(pieces.spread(groups, inner.dtops[piece] / ties, b))
+        a.addcmul_(upper, pieces.spread(groups, inner.maps[piece], b))
+        pieces.spread_onto(a, groups, inner.davgs[piece])
+        # A's gradient, its sigmoid's, and the convolution's along the channels
+        dattention = pieces.pixel_sum(torch.mul(part, a, out=b))
+        weight = inner.attention[piece]
+        dlogits[piece] = dattention * weight * (1 - weight)
+        df[piece] = dlogits[piece] @ inner.band.T
+        # x's: by A, by the average, and by the maximum over pixels
+        torch.eq(part, inner.top[piece, :, None], out=b)
+        davg = df[piece] * (inner.pool_weights[0] / x.shape[2])
+        dtop = df[piece] * inner.pool_weights[1] / pieces.pixel_sum(b)
+        b.mul_(dtop[:, :, None]).add_(davg[:, :, None])
+        if out.dtype == pieces.dtype:
+            torch.addcmul(b, a, attention, out=out[piece])
+        else:
+            out[piece] = b.addcmul_(a, attention)
+    return dlogits, df
+
+
+@torch.library.custom_op('timm_ham::hybrid_attention_backward', mutates_args=())
+def _backward(
+    gradient: Tensor,
+    x: Tensor,
+    pool_logits: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    avg: Tensor,
+    top: Tensor,
+    logits: Tensor,
+    described: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    important: int,
+    batch_statistics: bool,
+) -> List[Tensor]:
+    """Gradients of x and of the five parameters."""
+    with torch.autocast('cpu', enabled=False):
+        pieces = _pieces(x)
+        dtype, (batch, channels, height, width) = pieces.dtype, x.shape
+        blocks = Blocks(height, width, spatial_weight.shape[-1])
+        matrix = as_matrix(x, pieces.channels_last)
+        memory_format = torch.channels_last if pieces.channels_last else torch.contiguous_format
+        upper = as_matrix(gradient.contiguous(memory_format=memory_format), pieces.channels_last)
+        groups, attention = _groups(logits, important), logits.sigmoid()
+        weighted = groups * attention[:, None]
+        sizes = weighted.new_tensor([important, channels - important])[:, None]
+
+        dmaps = _products(matrix, upper, pieces, weighted)
+        ddescribed, dspatial, dweight, dbias = _maps_backward(
+            blocks.block(dmaps.view(2 * batch, 1, height, width)),
+            described,
+            z,
+            scale,
+            spatial_weight,
+            norm_weight,
+            norm_bias,
+            blocks,
+            batch_statistics,
+            _convolution_dtype(x, dtype),
+        )
+        davgs, dtops = blocks.unblock(ddescribed).view(batch, 2, 2, -1).unbind(2)
+        tops = blocks.unblock(described.flatten(0, 1)).view(batch, 2, 2, -1)[:, :, 1]
+        maps = torch.addcmul(norm_bias.to(dtype), z, norm_weight.to(dtype)).relu_().sigmoid_()
+        alpha_beta = pool_logits.to(dtype).sigmoid()
+        inner = _Inner(
+            groups,
+            attention,
+            blocks.unblock(maps).view(batch, 2, -1),
+            tops,
+            dtops,
+            davgs / sizes,
+            _band(channel_weight, channels, dtype),
+            0.5 + alpha_beta,
+            top,
+        )
+        dx = torch.empty_like(x)
+        dlogits, df = _input_gradient(matrix, upper, pieces, inner, as_matrix(dx, pieces.channels_last))
+        dpool = torch.stack([(df * avg).sum(), (df * top).sum()]) * alpha_beta * (1 - alpha_beta)
+        f = inner.pool_weights[0] * avg + inner.pool_weights[1] * top
+        k = channel_weight.numel()
+        windows = F.pad(f, (k // 2, k // 2)).unfold(1, k, 1)
+        dchannel = torch.einsum('bc,bck->k', dlogits, windows)
+    return [
+        dx,
+        dpool.to(pool_logits.dtype),
+        dchannel.view_as(channel_weight).to(channel_weight.dtype),
+        dspatial.to(spatial_weight.dtype),
+        dweight.to(norm_weight.dtype),
+        dbias.to(norm_bias.dtype),
+    ]
+
+
+@_backward.register_fake
+def _(gradient, x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias, *saved_and_options):
+    return [torch.empty_like(like) for like in (x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias)]
+
+
+def _save(ctx, inputs, output) -> None:
+    x, *parameters = inputs[:6]
+    ctx.important, ctx.batch_statistics = inputs[8], inputs[6] is None
+    ctx.save_for_backward(x, *parameters, *output[3:])
+
+
+def _differentiate(ctx, gradients):
+    return (*_backward(gradients[0], *ctx.saved_tensors, ctx.important, ctx.batch_statistics), *[None] * 4)
+
+
+def _refuse(ctx, gradients):
+    raise NotImplementedError(
+        'HybridAttention has no second derivative on its fast path: call timm_ham.set_fused(False) first'
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
+
+
+# The module's door
+# -----------------
+
+_enabled = True
+
+
+def set_fused(enabled: bool) -> None:
+    """Turn the fast path of HybridAttention on (as it is at the start) or off, for the whole process."""
+    global _enabled
+    _enabled = enabled
+
+
+def fused_applies(module: nn.Module, x: Tensor) -> bool:
+    """Whether `hybrid_attention` takes this module and input; else they are the reference's.
+
+    Traced and exported graphs get the reference, which is made of operators that every runtime knows.
+    """
+    return (
+        _enabled
+        and not torch.jit.is_tracing()
+        and isinstance(x, Tensor)
+        and x.device.type == 'cpu'
+        and x.dim() == 4
+        and x.shape[1] == module.channels
+        and x.is_floating_point()
+        and x.numel() > 0
+        and type(module.spatial_conv) is nn.Conv2d
+        and type(module.spatial_norm) is nn.BatchNorm2d
+        and module.spatial_norm.affine
+        and not torch.compiler.is_exporting()
+    )
+
+
+def hybrid_attention(module: nn.Module, x: Tensor) -> Tensor:
+    """What HybridAttention computes of x, (B, C, H, W), on a CPU. Updates the running statistics in training."""
+    norm = module.spatial_norm
+    batch_statistics = norm.training or norm.running_mean is None
+    out, mean, var, *_ = _forward(
+        _formatted(x),
+        module.pool_logits,
+        module.channel_conv.weight,
+        module.spatial_conv.weight,
+        norm.weight,
+        norm.bias,
+        None if batch_statistics else norm.running_mean,
+        None if batch_statistics else norm.running_var,
+        module.important_channels,
+        norm.eps,
+    )
+    if norm.training and norm.running_mean is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+            count = 2 * x.shape[0] * x.shape[2] * x.shape[3]
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+            norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+    return out
