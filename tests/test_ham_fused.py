@@ -211,7 +211,7 @@ def test_operators_are_well_formed():
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('memory_format', FORMATS)
 def test_compiles_whole(backend, memory_format):
-    module = make(16, torch.float32)
+    module = make(16, torch.float32).to(memory_format=memory_format)
     x, upper = (noise((2, 16, 8, 8), torch.float32, seed).contiguous(memory_format=memory_format) for seed in (1, 2))
     compiled = torch.compile(lambda module, x: module(x), backend=backend, fullgraph=True)
     for ours, theirs in zip(run(compiled, module, x, upper), run(hybrid_attention, module, x, upper)):

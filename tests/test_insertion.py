@@ -148,8 +148,9 @@ def test_script_and_fx(name):
     """Hooks are traced and scripted with the network."""
     model = randomize(add_attention(network(name), 'ham'))
     wanted = model(X)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), wanted)
-    torch.testing.assert_close(torch.jit.script(model)(X), wanted)
+    tolerance = dict(rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), wanted, **tolerance)
+    torch.testing.assert_close(torch.jit.script(model)(X), wanted, **tolerance)
 
 
 def test_our_own_networks_take_it_too():

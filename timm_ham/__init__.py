@@ -6,7 +6,7 @@ model = timm.create_model('resnet20_ham', pretrained=True)
 
 from timm_ham.errors import TimmHamError
 from timm_ham.layers import ABLATIONS, ATTENTIONS, HybridAttention, RecurrentCrissCrossAttention, set_fused
-from timm_ham.models import ARCHITECTURES, MODELS, ResidualNetwork, add_attention
+from timm_ham.models import ARCHITECTURES, MODELS, ResidualNetwork, add_attention, fuse
 
 __all__ = [
     'ABLATIONS',
@@ -18,6 +18,7 @@ __all__ = [
     'ResidualNetwork',
     'TimmHamError',
     'add_attention',
+    'fuse',
     'set_fused',
 ]
 __version__ = '0.1.0'

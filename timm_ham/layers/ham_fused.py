@@ -515,13 +515,15 @@ def _backward(
 
 @_backward.register_fake
 def _(gradient, x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias, *saved_and_options):
-    return [torch.empty_like(like) for like in (x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias)]
+    parameters = (pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias)
+    return [torch.empty_like(x), *(parameter.new_empty(parameter.shape) for parameter in parameters)]
 
 
 def _save(ctx, inputs, output) -> None:
     x, *parameters = inputs[:6]
     ctx.important, ctx.batch_statistics = inputs[8], inputs[6] is None
     ctx.save_for_backward(x, *parameters, *output[3:])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, gradients):
@@ -550,6 +552,11 @@ def set_fused(enabled: bool) -> None:
     _enabled = enabled
 
 
+def _is_folded(module: nn.Module) -> bool:
+    """Whether the spatial norm was folded into the convolution, which then has a bias."""
+    return isinstance(module.spatial_norm, nn.Identity) and module.spatial_conv.bias is not None
+
+
 def fused_applies(module: nn.Module, x: Tensor) -> bool:
     """Whether `hybrid_attention` takes this module and input; else they are the reference's.
 
@@ -565,8 +572,7 @@ def fused_applies(module: nn.Module, x: Tensor) -> bool:
         and x.is_floating_point()
         and x.numel() > 0
         and type(module.spatial_conv) is nn.Conv2d
-        and type(module.spatial_norm) is nn.BatchNorm2d
-        and module.spatial_norm.affine
+        and (_is_folded(module) or (type(module.spatial_norm) is nn.BatchNorm2d and module.spatial_norm.affine))
         and not torch.compiler.is_exporting()
     )
 
@@ -574,20 +580,25 @@ def fused_applies(module: nn.Module, x: Tensor) -> bool:
 def hybrid_attention(module: nn.Module, x: Tensor) -> Tensor:
     """What HybridAttention computes of x, (B, C, H, W), on a CPU. Updates the running statistics in training."""
     norm = module.spatial_norm
-    batch_statistics = norm.training or norm.running_mean is None
+    if _is_folded(module):
+        bias = module.spatial_conv.bias
+        scale, statistics, eps = torch.ones_like(bias), (torch.zeros_like(bias), torch.ones_like(bias)), 0.0
+    else:
+        batch_statistics = norm.training or norm.running_mean is None
+        scale, bias, eps = norm.weight, norm.bias, norm.eps
+        statistics = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
     out, mean, var, *_ = _forward(
         _formatted(x),
         module.pool_logits,
         module.channel_conv.weight,
         module.spatial_conv.weight,
-        norm.weight,
-        norm.bias,
-        None if batch_statistics else norm.running_mean,
-        None if batch_statistics else norm.running_var,
+        scale,
+        bias,
+        *statistics,
         module.important_channels,
-        norm.eps,
+        eps,
     )
-    if norm.training and norm.running_mean is not None:
+    if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.running_mean is not None:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
             momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum

@@ -22,8 +22,6 @@ from timm.layers import (
     RmsNorm2d,
     SEModule,
     get_attn,
-    get_notrace_functions,
-    get_notrace_modules,
 )
 from timm.layers.cbam import CbamModule, LightCbamModule
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
@@ -38,6 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_ham.errors import TimmHamError
 from timm_ham.layers import ABLATIONS, AFTER_STAGES, ATTENTIONS, HybridAttention
 from timm_ham.models.preact import PreActBlock
+from timm_ham.models.tracing import LayerTracer
 
 __all__ = ['IdentityStart', 'add_attention']
 
@@ -125,18 +124,6 @@ def _insert_behind(model: nn.Module, name: str, attention: nn.Module) -> None:
             parent.add_module(following, module)
 
 
-class _Tracer(fx.Tracer):
-    """Symbolic tracing down to whole norms and attentions."""
-
-    def __init__(self):
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """As in fx.Tracer."""
-        whole = (*NORMS, *BETWEEN, *get_notrace_modules())
-        return isinstance(m, whole) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _ancestors(node: fx.Node) -> Set[fx.Node]:
     seen, pending = {node}, [node]
     while pending:
@@ -149,7 +136,7 @@ def _ancestors(node: fx.Node) -> Set[fx.Node]:
 def _residual_norms(model: nn.Module) -> List[str]:
     """Paths of the last norm of each residual branch; none where the network can't be traced."""
     try:
-        graph = _Tracer().trace(model)
+        graph = LayerTracer(*NORMS, *BETWEEN).trace(model)
     except Exception:  # whatever the network's own code raises on a symbol in place of a tensor
         return []
     modules = dict(model.named_modules())
