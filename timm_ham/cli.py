@@ -3,19 +3,24 @@
 # Each command imports what it needs when it runs: accelerate and datasets take seconds, which `list` can do without.
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Callable, Dict, Literal, Optional, Sequence
 
+import torch
 import tyro
 
-from timm_ham import autoload
+from timm_ham import ARCHITECTURES, ATTENTIONS, autoload
 from timm_ham.errors import TimmHamError
+from timm_ham.inspection.benchmark import Settings
 from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
 
 __all__ = ['main']
 
 DEFAULT_RECIPE = 'digits_quick'
+DEFAULT_BENCHMARK = Settings()
 
 
 def train_command(recipe_name: str) -> Callable[..., None]:
@@ -150,6 +155,43 @@ def complexity_command(pattern: Annotated[str, tyro.conf.Positional] = '*', /, m
     print(complexity_table(pattern, markdown))
 
 
+def bench_command(
+    settings: Annotated[Settings, tyro.conf.arg(name='')] = DEFAULT_BENCHMARK,
+    output: Path = Path('benchmark'),
+    overwrite: bool = False,
+) -> None:
+    """Measure what the attentions cost in time and memory on this machine, as ratios.
+
+    Args:
+        settings: What is measured.
+        output: Beginning of the names of the files for the result, .json and .png.
+        overwrite: Replace files of those names.
+    """
+    from timm_ham.inspection.benchmark import benchmark, draw, table
+    from timm_ham.training.run import environment
+
+    unknown = [name for name in settings.architectures if name not in ('all', *ARCHITECTURES)]
+    unknown += [name for name in settings.attentions if name not in ATTENTIONS]
+    if unknown:
+        choices = ', '.join((*ARCHITECTURES, *ATTENTIONS))
+        raise TimmHamError(f'unknown architecture or attention {unknown[0]!r}: choose from {choices}')
+    files = [output.with_name(f'{output.name}.{kind}') for kind in ('json', 'png')]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise TimmHamError(f'{file} exists: replace it by --overwrite, or name others by --output')
+    measurements = benchmark(settings)
+    print(table(measurements))
+    result = {
+        'environment': environment(1, torch.device('cpu')),
+        'threads': torch.get_num_threads(),
+        'settings': asdict(settings),
+        'measurements': [asdict(measurement) for measurement in measurements],
+    }
+    files[0].write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    draw(measurements, files[1])
+    print(f'written to {files[0]} and {files[1]}')
+
+
 def autoload_command(action: Annotated[Literal['on', 'off', 'status'], tyro.conf.Positional], /) -> None:
     """Make `import timm` bring timm_ham along in this environment, or no more.
 
@@ -173,6 +215,7 @@ def commands(recipe_name: str) -> Dict[str, Callable[..., None]]:
         'export': export_command,
         'list': list_command,
         'complexity': complexity_command,
+        'bench': bench_command,
         'autoload': autoload_command,
     }
 

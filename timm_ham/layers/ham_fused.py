@@ -80,12 +80,6 @@ class Pieces:
         else:
             out.baddbmm_(groups.transpose(1, 2), maps)
 
-    def pixel_sum(self, x: Tensor) -> Tensor:
-        """(b, C, H W) to (b, C)."""
-        return (
-            torch.bmm(x, x.new_ones(1, 1, 1).expand(len(x), x.shape[2], 1))[:, :, 0] if self.channels_last else x.sum(2)
-        )
-
     def pixel_max(self, x: Tensor) -> Tensor:
         """(b, C, H W) to (b, C)."""
         if not self.channels_last:
@@ -156,6 +150,23 @@ class Blocks:
         """(N, d p q, H / p, W / q) to (N, d, H W)."""
         return self.pixels(blocked).flatten(2)
 
+    def convolve(self, maps: Tensor, weight: Tensor) -> Tensor:
+        """(N, 2 p q, H / p, W / q) and a weight over blocks to (N, p q, H / p, W / q)."""
+        if self.size == (self.height, self.width):  # a product of matrices
+            return F.linear(maps.flatten(1), weight[:, :, 0, 0])[:, :, None, None]
+        return F.conv2d(maps, weight, padding=self.reach)
+
+    def convolve_backward(self, gradient: Tensor, maps: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+        """Gradients of the maps and of the weight over blocks."""
+        if self.size == (self.height, self.width):
+            flat = gradient.flatten(1)
+            dweight = (flat.T @ maps.flatten(1))[:, :, None, None]
+            return (flat @ weight[:, :, 0, 0])[:, :, None, None], dweight
+        dmaps, dweight, _ = torch.ops.aten.convolution_backward(
+            gradient, maps, weight, None, (1, 1), self.reach, (1, 1), False, (0, 0), 1, (True, True, False)
+        )
+        return dmaps, dweight
+
     def weight(self, weight: Tensor) -> Tensor:
         """(1, 2, k, k) to the weight of the convolution over blocks."""
         return torch.cat([weight.flatten(), weight.new_zeros(1)])[_weight_index(self)]
@@ -203,7 +214,7 @@ def _pool(x: Tensor, pieces: Pieces) -> Tuple[Tensor, Tensor]:
     scratch = None if x.dtype == pieces.dtype else pieces.scratch()
     for piece in pieces:
         part = in_dtype(x, piece, pieces.dtype, scratch)
-        avg[piece] = pieces.pixel_sum(part)
+        avg[piece] = part.sum(2)
         top[piece] = pieces.pixel_max(part)
     return avg.div_(x.shape[2]), top
 
@@ -215,7 +226,7 @@ def _groups(logits: Tensor, important: int) -> Tensor:
     return torch.stack([mask, 1 - mask], dim=1)
 
 
-def _describe(x: Tensor, pieces: Pieces, weighted: Tensor, sizes: Tensor, blocks: Blocks) -> Tensor:
+def _describe(x: Tensor, pieces: Pieces, weighted: Tensor, averaging: Tensor, blocks: Blocks) -> Tensor:
     """Sum / n and maximum over the channels of each group, in blocks: (B, 2 groups, 2 p q, H / p, W / q)."""
     p, q = blocks.size
     described = torch.empty(len(x), 2, 2 * p * q, blocks.height // p, blocks.width // q, dtype=pieces.dtype)
@@ -227,7 +238,7 @@ def _describe(x: Tensor, pieces: Pieces, weighted: Tensor, sizes: Tensor, blocks
     turned = torch.empty_like(scratch) if turn else None
     for piece in pieces:
         part = in_dtype(x, piece, pieces.dtype, convert)
-        avg[piece] = torch.bmm(weighted[piece] / sizes, part).view(avg[piece].shape)
+        avg[piece] = torch.bmm(averaging[piece], part).view(avg[piece].shape)
         if turned is not None:
             part = turned[: len(part)].copy_(part)
         product = scratch[: len(part)]
@@ -292,10 +303,10 @@ def _forward(
         sizes = weighted.new_tensor([important, channels - important])[:, None]
 
         blocks = Blocks(height, width, spatial_weight.shape[-1])
-        described = _describe(matrix, pieces, weighted, sizes, blocks)
+        described = _describe(matrix, pieces, weighted, weighted / sizes, blocks)
         reduced = _convolution_dtype(x, dtype)
         kernel = blocks.weight(spatial_weight.to(reduced))
-        z = F.conv2d(described.flatten(0, 1).to(reduced), kernel, padding=blocks.reach).to(dtype)
+        z = blocks.convolve(described.flatten(0, 1).to(reduced), kernel).to(dtype)
         mean = z.mean().view(1) if mean is None else mean.to(dtype, copy=True)
         z -= mean
         var = (torch.dot(z.flatten(), z.flatten()) / z.numel()).view(1) if var is None else var.to(dtype, copy=True)
@@ -364,19 +375,7 @@ def _maps_backward(
         dy.sub_(dbias / z.numel()).addcmul_(z, dweight / z.numel(), value=-1)
     dz = dy.mul_(scale * weight)
     kernel = blocks.weight(spatial_weight.to(reduced))
-    ddescribed, dkernel, _ = torch.ops.aten.convolution_backward(
-        dz.to(reduced),
-        described.flatten(0, 1).to(reduced),
-        kernel,
-        None,
-        (1, 1),
-        blocks.reach,
-        (1, 1),
-        False,
-        (0, 0),
-        1,
-        (True, True, False),
-    )
+    ddescribed, dkernel = blocks.convolve_backward(dz.to(reduced), described.flatten(0, 1).to(reduced), kernel)
     return ddescribed.to(z.dtype), blocks.weight_gradient(dkernel.to(z.dtype)), dweight, dbias
 
 
@@ -405,6 +404,9 @@ class _Inner:
 def _input_gradient(x: Tensor, gradient: Tensor, pieces: Pieces, inner: _Inner, out: Tensor) -> Tuple[Tensor, Tensor]:
     """Write the gradient of x; returns those of the channel logits and of f (Eq. 5), (B, C) each."""
     dlogits, df = torch.empty_like(inner.attention), torch.empty_like(inner.attention)
+    # The zeros of a group's masked channels attain its maximum too where that is zero.
+    masked_ties = torch.eq(inner.tops, 0, out=torch.empty_like(inner.tops))
+    masked_ties *= x.shape[1] - inner.groups.sum(2, keepdim=True)
     first, second = pieces.scratch(), pieces.scratch()
     x_scratch, g_scratch = (None if x.dtype == pieces.dtype else pieces.scratch() for _ in range(2))
     for piece in pieces:
@@ -415,21 +417,19 @@ def _input_gradient(x: Tensor, gradient: Tensor, pieces: Pieces, inner: _Inner, 
         # Gradient of F' = A x. 1 where a channel has its group's maximum, by the product that the maximum was made of:
         torch.mul(part, attention, out=a)
         a.eq_(pieces.spread(groups, inner.tops[piece], b))
-        ties = torch.bmm(groups, a)
-        # ... and so do the zeros of the masked channels, where that is the maximum.
-        ties += (inner.tops[piece] == 0) * (x.shape[1] - groups.sum(2, keepdim=True))
+        ties = torch.bmm(groups, a).add_(masked_ties[piece])
         a.mul_(pieces.spread(groups, inner.dtops[piece] / ties, b))
         a.addcmul_(upper, pieces.spread(groups, inner.maps[piece], b))
         pieces.spread_onto(a, groups, inner.davgs[piece])
         # A's gradient, its sigmoid's, and the convolution's along the channels
-        dattention = pieces.pixel_sum(torch.mul(part, a, out=b))
+        dattention = torch.mul(part, a, out=b).sum(2)
         weight = inner.attention[piece]
         dlogits[piece] = dattention * weight * (1 - weight)
         df[piece] = dlogits[piece] @ inner.band.T
         # x's: by A, by the average, and by the maximum over pixels
         torch.eq(part, inner.top[piece, :, None], out=b)
         davg = df[piece] * (inner.pool_weights[0] / x.shape[2])
-        dtop = df[piece] * inner.pool_weights[1] / pieces.pixel_sum(b)
+        dtop = df[piece] * inner.pool_weights[1] / b.sum(2)
         b.mul_(dtop[:, :, None]).add_(davg[:, :, None])
         if out.dtype == pieces.dtype:
             torch.addcmul(b, a, attention, out=out[piece])
@@ -527,6 +527,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, gradients):
+    if gradients[0] is None:  # nothing depends on the output
+        return (None,) * 10
     return (*_backward(gradients[0], *ctx.saved_tensors, ctx.important, ctx.batch_statistics), *[None] * 4)
 
 
