@@ -151,6 +151,20 @@ def test_half_precision_is_as_close_to_the_truth_as_the_reference(reference, dty
         assert distance(mine, wanted) < 0.1
 
 
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_gradients_of_maxima_survive_rounded_products(reference, memory_format):
+    """set_float32_matmul_precision('medium') lets a processor with bfloat16 units round what it multiplies."""
+    module, shape = make(16, torch.float32), (2, 16, 8, 8)
+    x, upper = (noise(shape, torch.float32, seed).contiguous(memory_format=memory_format) for seed in (1, 2))
+    wanted = run(HybridAttention.forward, module, x, upper)
+    torch.set_float32_matmul_precision('medium')
+    try:
+        ours = run(hybrid_attention, module, x, upper)
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert distance(ours[0], wanted[0].double()) < 0.01 and distance(ours[1], wanted[1].double()) < 0.02
+
+
 def test_second_derivative_is_refused_by_name():
     module, x = make(8), noise((2, 8, 4, 4)).requires_grad_()
     (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)

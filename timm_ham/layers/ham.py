@@ -12,9 +12,8 @@ from typing import Tuple
 import torch
 from timm.layers import _assert
 from torch import nn
-from torch.nn import functional as F
 
-from timm_ham.layers.ham_fused import fused_applies, hybrid_attention
+from timm_ham.layers.ham_fused import channel_windows, fused_applies, hybrid_attention
 
 __all__ = ['HybridAttention', 'HybridChannelAttention', 'adaptive_pool']
 
@@ -102,8 +101,7 @@ class HybridChannelAttention(nn.Module):
         _assert(x.shape[1] == self.channels, 'attention on an input with another number of channels than its own')
         f = adaptive_pool(x, self.pool_logits)
         # The convolution as a sum over windows: autocast would run a conv1d in bfloat16, and channels would tie.
-        k = self.channel_conv.kernel_size[0]
-        windows = F.pad(f, (k // 2, k // 2)).unfold(1, k, 1)  # B C k
+        windows = channel_windows(f, self.channel_conv.kernel_size[0])  # B C k
         return (windows * self.channel_conv.weight.to(f.dtype).view(-1)).sum(-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

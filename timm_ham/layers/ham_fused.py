@@ -73,6 +73,14 @@ class Pieces:
             torch.bmm(groups.transpose(1, 2), maps, out=out)
         return out
 
+    def choose(self, groups: Tensor, maps: Tensor, out: Tensor) -> Tensor:
+        """As `spread`, of groups that are 0 and 1, without any rounding of the maps."""
+        if self.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision in ('tf32', 'bf16'):
+            # A person let products be rounded: torch.set_float32_matmul_precision('medium').
+            torch.mul(groups[:, 0, :, None], maps[:, 0, None], out=out)
+            return out.addcmul_(groups[:, 1, :, None], maps[:, 1, None])
+        return self.spread(groups, maps, out)
+
     def spread_onto(self, out: Tensor, groups: Tensor, maps: Tensor) -> None:
         """Add groups^T @ maps to `out`."""
         if self.channels_last:
@@ -199,13 +207,9 @@ def _weight_index(blocks: Blocks) -> Tensor:
 # -------
 
 
-def _band(channel_weight: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """The convolution along the channels as a matrix: logits = f @ band, (C, C)."""
-    weight = channel_weight.detach().flatten().to(dtype)
-    band = weight.new_zeros(channels, channels)
-    for tap, value in enumerate(weight):
-        band.diagonal(len(weight) // 2 - tap).fill_(value)
-    return band
+def channel_windows(f: Tensor, kernel_size: int) -> Tensor:
+    """What a convolution along the channels sees, zeros outside: (B, C) to (B, C, k)."""
+    return F.pad(f, (kernel_size // 2, kernel_size // 2)).unfold(1, kernel_size, 1)
 
 
 def _pool(x: Tensor, pieces: Pieces) -> Tuple[Tensor, Tensor]:
@@ -298,7 +302,9 @@ def _forward(
         matrix = as_matrix(x, pieces.channels_last)
         avg, top = _pool(matrix, pieces)
         alpha_beta = pool_logits.to(dtype).sigmoid()
-        logits = ((0.5 + alpha_beta[0]) * avg + (0.5 + alpha_beta[1]) * top) @ _band(channel_weight, channels, dtype)
+        f = (0.5 + alpha_beta[0]) * avg + (0.5 + alpha_beta[1]) * top
+        taps = channel_weight.flatten().to(dtype)
+        logits = (channel_windows(f, len(taps)) * taps).sum(-1)
         weighted = _groups(logits, important) * logits.sigmoid()[:, None]
         sizes = weighted.new_tensor([important, channels - important])[:, None]
 
@@ -385,7 +391,7 @@ class _Inner:
 
     groups, attention: Which group a channel is in, (B, 2, C), and its weight, (B, C).
     maps, tops, dtops, davgs: Spatial maps, group maxima, their gradients, gradients of the group sums, (B, 2, H W).
-    band: The convolution along the channels, (C, C).
+    taps: Of the convolution along the channels, (k,).
     pool_weights: Of average and maximum in Eq. 5, (2,).
     top: Maximum over pixels, (B, C).
     """
@@ -396,7 +402,7 @@ class _Inner:
     tops: Tensor
     dtops: Tensor
     davgs: Tensor
-    band: Tensor
+    taps: Tensor
     pool_weights: Tensor
     top: Tensor
 
@@ -416,7 +422,7 @@ def _input_gradient(x: Tensor, gradient: Tensor, pieces: Pieces, inner: _Inner, 
         groups, attention = inner.groups[piece], inner.attention[piece, :, None]
         # Gradient of F' = A x. 1 where a channel has its group's maximum, by the product that the maximum was made of:
         torch.mul(part, attention, out=a)
-        a.eq_(pieces.spread(groups, inner.tops[piece], b))
+        a.eq_(pieces.choose(groups, inner.tops[piece], b))
         ties = torch.bmm(groups, a).add_(masked_ties[piece])
         a.mul_(pieces.spread(groups, inner.dtops[piece] / ties, b))
         a.addcmul_(upper, pieces.spread(groups, inner.maps[piece], b))
@@ -425,7 +431,7 @@ def _input_gradient(x: Tensor, gradient: Tensor, pieces: Pieces, inner: _Inner, 
         dattention = torch.mul(part, a, out=b).sum(2)
         weight = inner.attention[piece]
         dlogits[piece] = dattention * weight * (1 - weight)
-        df[piece] = dlogits[piece] @ inner.band.T
+        df[piece] = (channel_windows(dlogits[piece], len(inner.taps)) * inner.taps.flip(0)).sum(-1)
         # x's: by A, by the average, and by the maximum over pixels
         torch.eq(part, inner.top[piece, :, None], out=b)
         davg = df[piece] * (inner.pool_weights[0] / x.shape[2])
@@ -492,7 +498,7 @@ def _backward(
             tops,
             dtops,
             davgs / sizes,
-            _band(channel_weight, channels, dtype),
+            channel_weight.flatten().to(dtype),
             0.5 + alpha_beta,
             top,
         )
@@ -500,9 +506,7 @@ def _backward(
         dlogits, df = _input_gradient(matrix, upper, pieces, inner, as_matrix(dx, pieces.channels_last))
         dpool = torch.stack([(df * avg).sum(), (df * top).sum()]) * alpha_beta * (1 - alpha_beta)
         f = inner.pool_weights[0] * avg + inner.pool_weights[1] * top
-        k = channel_weight.numel()
-        windows = F.pad(f, (k // 2, k // 2)).unfold(1, k, 1)
-        dchannel = torch.einsum('bc,bck->k', dlogits, windows)
+        dchannel = torch.einsum('bc,bck->k', dlogits, channel_windows(f, channel_weight.numel()))
     return [
         dx,
         dpool.to(pool_logits.dtype),
