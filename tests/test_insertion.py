@@ -181,6 +181,12 @@ def test_unknown_attention(attention):
         add_attention(timm.create_model('resnet18', device='meta'), attention)
 
 
+def test_what_is_no_whole_network_of_timm():
+    for model in (torch.nn.Conv2d(3, 8, 3), timm.create_model('resnet18', features_only=True, device='meta')):
+        with pytest.raises(TimmHamError, match='is no whole network of timm'):
+            add_attention(model)
+
+
 def test_twice_is_refused():
     model = add_attention(timm.create_model('resnet18', device='meta'), 'se')
     with pytest.raises(TimmHamError, match='was added to this model before'):

@@ -223,13 +223,16 @@ def add_attention(
         The same model.
 
     Raises:
-        TimmHamError: If there is no such attention, or no place for it, or one was added before.
+        TimmHamError: If there is no such attention, or no place for it, or one was added before, or the model is not a
+            whole one of timm's.
     """
     choices = {**ATTENTIONS, **ABLATIONS}
     layer = choices.pop(attention, None)
     if layer is None:
         choices.pop('plain', None)
         raise TimmHamError(f'unknown attention {attention!r}: choose from {", ".join(choices)}')
+    if not isinstance(getattr(model, 'feature_info', None), list) or not hasattr(model, 'pretrained_cfg'):
+        raise TimmHamError(f'{type(model).__name__} is no whole network of timm: make it by timm.create_model(name)')
     name = model.pretrained_cfg['architecture']
     if name == timm_with_attention.__name__:
         raise TimmHamError('an attention was added to this model before: start from the network as timm makes it')
