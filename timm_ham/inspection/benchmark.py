@@ -5,10 +5,11 @@ measurements that stand next to each other, and its quartiles.
 """
 
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, Sequence, Tuple
 
 import timm
 import torch
@@ -34,10 +35,10 @@ class Settings:
     """Networks to measure whole, and whose feature maps the modules are measured on; `all` for the twelve."""
     attentions: Tuple[str, ...] = ('se', 'eca', 'cbam', 'rcca', 'ham')
     """Attentions to compare."""
-    memory_formats: Tuple[str, ...] = ('contiguous', 'channels_last')
-    """Memory formats: contiguous, channels_last."""
-    precisions: Tuple[str, ...] = ('fp32', 'bf16')
-    """fp32, or bf16 for autocast to bfloat16."""
+    memory_formats: Tuple[Literal['contiguous', 'channels_last'], ...] = ('contiguous', 'channels_last')
+    """Memory formats of images and feature maps."""
+    precisions: Tuple[Literal['fp32', 'bf16'], ...] = ('fp32', 'bf16')
+    """bf16: autocast to bfloat16."""
     modules: bool = True
     """Measure the modules alone."""
     networks: bool = True
@@ -73,6 +74,13 @@ class Measurement:
     baseline: str
     ratios: Dict[str, Tuple[float, float, float]]
     saved: Dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        medians = ', '.join(f'{name} {median:.2f}' for name, (_, median, _) in self.ratios.items())
+        return (
+            f'{self.what} {self.where}, {self.action}, batch {self.batch_size}, {self.memory_format}, {self.precision}, '
+            f'over {self.baseline}: {medians}'
+        )
 
 
 def module_shapes(architecture: str) -> List[Tuple[int, int, int]]:
@@ -239,7 +247,7 @@ def benchmark(settings: Settings) -> List[Measurement]:
             for measurement in part(settings):
                 measurements.append(measurement)
                 bar.update()
-                bar.set_postfix_str(f'{measurement.what} {measurement.where} {measurement.action}')
+                bar.write(str(measurement), file=sys.stderr)
     return measurements
 
 
