@@ -77,10 +77,8 @@ class Measurement:
 
     def __str__(self) -> str:
         medians = ', '.join(f'{name} {median:.2f}' for name, (_, median, _) in self.ratios.items())
-        return (
-            f'{self.what} {self.where}, {self.action}, batch {self.batch_size}, {self.memory_format}, {self.precision}, '
-            f'over {self.baseline}: {medians}'
-        )
+        how = f'batch {self.batch_size}, {self.memory_format}, {self.precision}'
+        return f'{self.what} {self.where}, {self.action}, {how}, over {self.baseline}: {medians}'
 
 
 def module_shapes(architecture: str) -> List[Tuple[int, int, int]]:
