@@ -8,7 +8,7 @@ from torch import nn
 
 import timm_ham
 from timm_ham import HybridAttention
-from timm_ham.layers import ham_fused
+from timm_ham.layers import ham_cpu
 from timm_ham.layers.ham_fused import fused_applies, hybrid_attention
 
 # Dense blocks, blocks of 4x4, single pixels; H != W, one pixel, a map smaller than the kernel, C that is no power of 2.
@@ -27,7 +27,7 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Several pieces to a batch, the last one smaller, at the sizes of these tests."""
-    monkeypatch.setattr(ham_fused, 'CHUNK', 2 * 16 * 64)
+    monkeypatch.setattr(ham_cpu, 'CHUNK', 2 * 16 * 64)
 
 
 @pytest.fixture

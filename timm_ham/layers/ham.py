@@ -13,7 +13,8 @@ import torch
 from timm.layers import _assert
 from torch import nn
 
-from timm_ham.layers.ham_fused import channel_windows, fused_applies, hybrid_attention
+from timm_ham.layers.ham_fused import fused_applies, hybrid_attention
+from timm_ham.layers.ham_passes import channel_windows
 
 __all__ = ['HybridAttention', 'HybridChannelAttention', 'adaptive_pool']
 

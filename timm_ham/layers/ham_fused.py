@@ -1,125 +1,28 @@
-"""The fast path of HybridAttention on a CPU: the function of ham.py in as few passes over memory as torch allows.
+"""The fast path of HybridAttention: the function of ham.py in few passes over memory, as one operator.
 
 HAM's cost is memory traffic. The reference reads and writes the feature map some forty times, forward and backward.
-Here the map is worked on in pieces that stay in the processor's cache, as matrices (b, C, H W) in either memory format:
-
-* Everything that selects a group of channels is a product with the (b, 2, C) matrix of the groups, and so is every sum
-  over channels: `groups @ x` makes descriptors, `groups^T @ maps` spreads maps over the channels again.
-* The backward pass recomputes what it can from x. Saved are x, four descriptor maps and two normalized maps a sample.
-* The spatial convolution is done over blocks of pixels, block_conv.py.
+Here the passes that touch it are few, and written for the device, in ham_cpu.py. What lies between them works on (B, C)
+numbers and on maps of one channel, and is here. The backward pass recomputes what it can from x: saved are x, four
+descriptor maps and two normalized maps a sample.
 
 Float16 and bfloat16 maps are computed on in float32, but for bfloat16's spatial convolution. Ranking, ties and their
 gradients are those of the reference: a maximum's gradient is shared by all that attain it.
 """
 
-from dataclasses import dataclass
-from typing import Iterator, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from timm_ham.layers import ham_cpu
 from timm_ham.layers.block_conv import Blocks
+from timm_ham.layers.ham_passes import Inner, channel_windows, computing_dtype
 
 __all__ = ['fused_applies', 'hybrid_attention', 'set_fused']
-
-CHUNK = 1 << 17  # elements of a piece: with its scratch, what a core's second-level cache holds
-
-
-# The feature map in pieces
-# -------------------------
-
-
-def as_matrix(x: Tensor, channels_last: bool) -> Tensor:
-    """(B, C, H, W) in the given memory format as (B, C, H W), without copying."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2) if channels_last else x.flatten(2)
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """How a feature map is cut: slices of the batch, and scratch of a slice's size.
-
-    shape: (B, C, H, W).
-    channels_last: Memory format; contiguous if not.
-    dtype: To compute in.
-    """
-
-    shape: torch.Size
-    channels_last: bool
-    dtype: torch.dtype
-
-    @property
-    def step(self) -> int:
-        """Samples in a piece."""
-        return min(self.shape[0], max(1, CHUNK // self.shape[1:].numel()))
-
-    def __iter__(self) -> Iterator[slice]:
-        for start in range(0, self.shape[0], self.step):
-            yield slice(start, min(start + self.step, self.shape[0]))
-
-    def scratch(self) -> Tensor:
-        """(step, C, H W), uninitialized."""
-        channels, pixels = self.shape[1], self.shape[2:].numel()
-        if self.channels_last:
-            return torch.empty(self.step, pixels, channels, dtype=self.dtype).transpose(1, 2)
-        return torch.empty(self.step, channels, pixels, dtype=self.dtype)
-
-    def spread(self, groups: Tensor, maps: Tensor, out: Tensor) -> Tensor:
-        """groups^T @ maps: (b, k, C) and (b, k, H W) to (b, C, H W)."""
-        if self.channels_last:
-            torch.bmm(maps.transpose(1, 2), groups, out=out.transpose(1, 2))
-        else:
-            torch.bmm(groups.transpose(1, 2), maps, out=out)
-        return out
-
-    def choose(self, groups: Tensor, maps: Tensor, out: Tensor) -> Tensor:
-        """As `spread`, of groups that are 0 and 1, without any rounding of the maps."""
-        if self.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision in ('tf32', 'bf16'):
-            # A person let products be rounded: torch.set_float32_matmul_precision('medium').
-            torch.mul(groups[:, 0, :, None], maps[:, 0, None], out=out)
-            return out.addcmul_(groups[:, 1, :, None], maps[:, 1, None])
-        return self.spread(groups, maps, out)
-
-    def spread_onto(self, out: Tensor, groups: Tensor, maps: Tensor) -> None:
-        """Add groups^T @ maps to `out`."""
-        if self.channels_last:
-            out.transpose(1, 2).baddbmm_(maps.transpose(1, 2), groups)
-        else:
-            out.baddbmm_(groups.transpose(1, 2), maps)
-
-    def pixel_max(self, x: Tensor) -> Tensor:
-        """(b, C, H W) to (b, C)."""
-        if not self.channels_last:
-            return x.amax(2)
-        # In two steps, of which the first has long rows: torch is slow at reducing over many short ones.
-        samples, channels, height, width = len(x), *self.shape[1:]
-        rows = x.transpose(1, 2).reshape(samples, height, width * channels).amax(1)
-        return rows.view(samples, width, channels).amax(1)
-
-
-def in_dtype(x: Tensor, piece: slice, dtype: torch.dtype, scratch: Optional[Tensor]) -> Tensor:
-    """A piece of a matrix in another dtype, copied into scratch if it has to be."""
-    return x[piece] if scratch is None else scratch[: piece.stop - piece.start].copy_(x[piece])
 
 
 # Forward
 # -------
-
-
-def channel_windows(f: Tensor, kernel_size: int) -> Tensor:
-    """What a convolution along the channels sees, zeros outside: (B, C) to (B, C, k)."""
-    return F.pad(f, (kernel_size // 2, kernel_size // 2)).unfold(1, kernel_size, 1)
-
-
-def _pool(x: Tensor, pieces: Pieces) -> Tuple[Tensor, Tensor]:
-    """(B, C, H W) to the average and the maximum over pixels, (B, C) each."""
-    avg, top = (torch.empty(x.shape[:2], dtype=pieces.dtype) for _ in range(2))
-    scratch = None if x.dtype == pieces.dtype else pieces.scratch()
-    for piece in pieces:
-        part = in_dtype(x, piece, pieces.dtype, scratch)
-        avg[piece] = part.sum(2)
-        top[piece] = pieces.pixel_max(part)
-    return avg.div_(x.shape[2]), top
 
 
 def _groups(logits: Tensor, important: int) -> Tensor:
@@ -127,39 +30,6 @@ def _groups(logits: Tensor, important: int) -> Tensor:
     nth = logits.kthvalue(logits.shape[1] - important + 1, dim=1, keepdim=True).values
     mask = (logits >= nth).to(logits.dtype)
     return torch.stack([mask, 1 - mask], dim=1)
-
-
-def _describe(x: Tensor, pieces: Pieces, weighted: Tensor, averaging: Tensor, blocks: Blocks) -> Tensor:
-    """Sum / n and maximum over the channels of each group, in blocks: (B, 2 groups, 2 p q, H / p, W / q)."""
-    p, q = blocks.size
-    described = torch.empty(len(x), 2, 2 * p * q, blocks.height // p, blocks.width // q, dtype=pieces.dtype)
-    avg, top = blocks.pixels(described).unbind(2)
-    convert = None if x.dtype == pieces.dtype else pieces.scratch()
-    # Maxima over few channels are slow where those lie next to each other: turn the piece around.
-    turn = pieces.channels_last and x.shape[1] < 32
-    scratch = (Pieces(pieces.shape, False, pieces.dtype) if turn else pieces).scratch()
-    turned = torch.empty_like(scratch) if turn else None
-    for piece in pieces:
-        part = in_dtype(x, piece, pieces.dtype, convert)
-        avg[piece] = torch.bmm(averaging[piece], part).view(avg[piece].shape)
-        if turned is not None:
-            part = turned[: len(part)].copy_(part)
-        product = scratch[: len(part)]
-        for group in range(2):
-            torch.mul(part, weighted[piece, group, :, None], out=product)
-            top[piece, group] = product.amax(1).view(top[piece, group].shape)
-    return described
-
-
-def _apply(x: Tensor, pieces: Pieces, weighted: Tensor, maps: Tensor, out: Tensor) -> None:
-    """out = (weighted^T @ maps) * x."""
-    scratch = pieces.scratch()
-    for piece in pieces:
-        factor = pieces.spread(weighted[piece], maps[piece], scratch[: piece.stop - piece.start])
-        if out.dtype == pieces.dtype:
-            torch.mul(factor, x[piece], out=out[piece])
-        else:
-            out[piece] = factor.mul_(x[piece])
 
 
 def _convolution_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -170,10 +40,6 @@ def _formatted(x: Tensor) -> Tensor:
     """x itself in one of the two memory formats that the passes know, else a contiguous copy."""
     known = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
     return x if known else x.contiguous()
-
-
-def _pieces(x: Tensor) -> Pieces:
-    return Pieces(x.shape, not x.is_contiguous(), torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op('timm_ham::hybrid_attention', mutates_args=())
@@ -196,10 +62,8 @@ def _forward(
         descriptors in blocks, normalized maps in blocks, 1 / standard deviation.
     """
     with torch.autocast('cpu', enabled=False):
-        pieces = _pieces(x)
-        dtype, (batch, channels, height, width) = pieces.dtype, x.shape
-        matrix = as_matrix(x, pieces.channels_last)
-        avg, top = _pool(matrix, pieces)
+        dtype, (batch, channels) = computing_dtype(x), x.shape[:2]
+        avg, top = ham_cpu.pool(x)
         alpha_beta = pool_logits.to(dtype).sigmoid()
         f = (0.5 + alpha_beta[0]) * avg + (0.5 + alpha_beta[1]) * top
         taps = channel_weight.flatten().to(dtype)
@@ -207,8 +71,8 @@ def _forward(
         weighted = _groups(logits, important) * logits.sigmoid()[:, None]
         sizes = weighted.new_tensor([important, channels - important])[:, None]
 
-        blocks = Blocks(height, width, spatial_weight.shape[-1])
-        described = _describe(matrix, pieces, weighted, weighted / sizes, blocks)
+        blocks = Blocks(*x.shape[2:], spatial_weight.shape[-1])
+        described = ham_cpu.describe(x, weighted, weighted / sizes, blocks)
         reduced = _convolution_dtype(x, dtype)
         kernel = blocks.weight(spatial_weight.to(reduced))
         z = blocks.convolve(described.flatten(0, 1).to(reduced), kernel).to(dtype)
@@ -218,17 +82,14 @@ def _forward(
         scale = (var + eps).rsqrt()
         z *= scale
         maps = torch.addcmul(norm_bias.to(dtype), z, norm_weight.to(dtype)).relu_().sigmoid_()
-        out = torch.empty_like(x)
-        maps = blocks.unblock(maps).view(batch, 2, -1)
-        _apply(matrix, pieces, weighted, maps, as_matrix(out, pieces.channels_last))
+        out = ham_cpu.apply(x, weighted, blocks.unblock(maps).view(batch, 2, -1))
     return [out, mean, var, avg, top, logits, described, z, scale]
 
 
 @_forward.register_fake
 def _(x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias, mean, var, important, eps):
-    dtype, (batch, channels, height, width) = torch.promote_types(x.dtype, torch.float32), x.shape
-    blocks = Blocks(height, width, spatial_weight.shape[-1])
-    p, q = blocks.size
+    dtype, (batch, channels, height, width) = computing_dtype(x), x.shape
+    p, q = Blocks(*x.shape[2:], spatial_weight.shape[-1]).size
     one, few = (x.new_empty(shape, dtype=dtype) for shape in ((1,), (batch, channels)))
     described = x.new_empty((batch, 2, 2 * p * q, height // p, width // q), dtype=dtype)
     z = x.new_empty((2 * batch, p * q, height // p, width // q), dtype=dtype)
@@ -237,20 +98,6 @@ def _(x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias, me
 
 # Backward
 # --------
-
-
-def _products(x: Tensor, gradient: Tensor, pieces: Pieces, weighted: Tensor) -> Tensor:
-    """Gradient of the spatial maps, weighted @ (x * gradient): (B, 2, H W)."""
-    sums = torch.empty(len(x), 2, x.shape[2], dtype=pieces.dtype)
-    product = pieces.scratch()
-    for piece in pieces:
-        part = product[: piece.stop - piece.start]
-        if x.dtype == pieces.dtype:
-            torch.mul(x[piece], gradient[piece], out=part)
-        else:
-            part.copy_(x[piece]).mul_(gradient[piece])
-        torch.bmm(weighted[piece], part, out=sums[piece])
-    return sums
 
 
 def _maps_backward(
@@ -284,65 +131,6 @@ def _maps_backward(
     return ddescribed.to(z.dtype), blocks.weight_gradient(dkernel.to(z.dtype)), dweight, dbias
 
 
-@dataclass(frozen=True)
-class _Inner:
-    """What the gradient of x is made of, a sample in each row.
-
-    groups, attention: Which group a channel is in, (B, 2, C), and its weight, (B, C).
-    maps, tops, dtops, davgs: Spatial maps, group maxima, their gradients, gradients of the group sums, (B, 2, H W).
-    taps: Of the convolution along the channels, (k,).
-    pool_weights: Of average and maximum in Eq. 5, (2,).
-    top: Maximum over pixels, (B, C).
-    """
-
-    groups: Tensor
-    attention: Tensor
-    maps: Tensor
-    tops: Tensor
-    dtops: Tensor
-    davgs: Tensor
-    taps: Tensor
-    pool_weights: Tensor
-    top: Tensor
-
-
-def _input_gradient(x: Tensor, gradient: Tensor, pieces: Pieces, inner: _Inner, out: Tensor) -> Tuple[Tensor, Tensor]:
-    """Write the gradient of x; returns those of the channel logits and of f (Eq. 5), (B, C) each."""
-    dlogits, df = torch.empty_like(inner.attention), torch.empty_like(inner.attention)
-    # The zeros of a group's masked channels attain its maximum too where that is zero.
-    masked_ties = torch.eq(inner.tops, 0, out=torch.empty_like(inner.tops))
-    masked_ties *= x.shape[1] - inner.groups.sum(2, keepdim=True)
-    first, second = pieces.scratch(), pieces.scratch()
-    x_scratch, g_scratch = (None if x.dtype == pieces.dtype else pieces.scratch() for _ in range(2))
-    for piece in pieces:
-        part = in_dtype(x, piece, pieces.dtype, x_scratch)
-        upper = in_dtype(gradient, piece, pieces.dtype, g_scratch)
-        a, b = first[: len(part)], second[: len(part)]
-        groups, attention = inner.groups[piece], inner.attention[piece, :, None]
-        # Gradient of F' = A x. 1 where a channel has its group's maximum, by the product that the maximum was made of:
-        torch.mul(part, attention, out=a)
-        a.eq_(pieces.choose(groups, inner.tops[piece], b))
-        ties = torch.bmm(groups, a).add_(masked_ties[piece])
-        a.mul_(pieces.spread(groups, inner.dtops[piece] / ties, b))
-        a.addcmul_(upper, pieces.spread(groups, inner.maps[piece], b))
-        pieces.spread_onto(a, groups, inner.davgs[piece])
-        # A's gradient, its sigmoid's, and the convolution's along the channels
-        dattention = torch.mul(part, a, out=b).sum(2)
-        weight = inner.attention[piece]
-        dlogits[piece] = dattention * weight * (1 - weight)
-        df[piece] = (channel_windows(dlogits[piece], len(inner.taps)) * inner.taps.flip(0)).sum(-1)
-        # x's: by A, by the average, and by the maximum over pixels
-        torch.eq(part, inner.top[piece, :, None], out=b)
-        davg = df[piece] * (inner.pool_weights[0] / x.shape[2])
-        dtop = df[piece] * inner.pool_weights[1] / b.sum(2)
-        b.mul_(dtop[:, :, None]).add_(davg[:, :, None])
-        if out.dtype == pieces.dtype:
-            torch.addcmul(b, a, attention, out=out[piece])
-        else:
-            out[piece] = b.addcmul_(a, attention)
-    return dlogits, df
-
-
 @torch.library.custom_op('timm_ham::hybrid_attention_backward', mutates_args=())
 def _backward(
     gradient: Tensor,
@@ -363,17 +151,16 @@ def _backward(
 ) -> List[Tensor]:
     """Gradients of x and of the five parameters."""
     with torch.autocast('cpu', enabled=False):
-        pieces = _pieces(x)
-        dtype, (batch, channels, height, width) = pieces.dtype, x.shape
-        blocks = Blocks(height, width, spatial_weight.shape[-1])
-        matrix = as_matrix(x, pieces.channels_last)
-        memory_format = torch.channels_last if pieces.channels_last else torch.contiguous_format
-        upper = as_matrix(gradient.contiguous(memory_format=memory_format), pieces.channels_last)
+        dtype, (batch, channels, height, width) = computing_dtype(x), x.shape
+        blocks = Blocks(*x.shape[2:], spatial_weight.shape[-1])
+        gradient = gradient.contiguous(
+            memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        )
         groups, attention = _groups(logits, important), logits.sigmoid()
         weighted = groups * attention[:, None]
         sizes = weighted.new_tensor([important, channels - important])[:, None]
 
-        dmaps = _products(matrix, upper, pieces, weighted)
+        dmaps = ham_cpu.products(x, gradient, weighted)
         ddescribed, dspatial, dweight, dbias = _maps_backward(
             blocks.block(dmaps.view(2 * batch, 1, height, width)),
             described,
@@ -390,7 +177,7 @@ def _backward(
         tops = blocks.unblock(described.flatten(0, 1)).view(batch, 2, 2, -1)[:, :, 1]
         maps = torch.addcmul(norm_bias.to(dtype), z, norm_weight.to(dtype)).relu_().sigmoid_()
         alpha_beta = pool_logits.to(dtype).sigmoid()
-        inner = _Inner(
+        inner = Inner(
             groups,
             attention,
             blocks.unblock(maps).view(batch, 2, -1),
@@ -401,8 +188,7 @@ def _backward(
             0.5 + alpha_beta,
             top,
         )
-        dx = torch.empty_like(x)
-        dlogits, df = _input_gradient(matrix, upper, pieces, inner, as_matrix(dx, pieces.channels_last))
+        dx, dlogits, df = ham_cpu.input_gradient(x, gradient, inner)
         dpool = torch.stack([(df * avg).sum(), (df * top).sum()]) * alpha_beta * (1 - alpha_beta)
         f = inner.pool_weights[0] * avg + inner.pool_weights[1] * top
         dchannel = torch.einsum('bc,bck->k', dlogits, channel_windows(f, channel_weight.numel()))
