@@ -9,6 +9,7 @@ from timm.layers import EcaModule
 from torch import nn
 
 from timm_ham import HybridAttention, set_fused
+from timm_ham.layers import ham_fused
 from timm_ham.layers.ham import channel_kernel_size, num_important_channels
 
 # B, C, H, W: the smallest C, an odd C_im * 10, the paper's widths; H != W, maps smaller than the 7x7 kernel, batch 1.
@@ -16,8 +17,10 @@ SHAPES = [(2, 4, 5, 3), (1, 10, 4, 9), (3, 16, 6, 5), (2, 64, 3, 4), (1, 128, 2,
 
 
 @pytest.fixture(params=[False, True], ids=['reference', 'fused'])
-def both_paths(request):
+def both_paths(request, monkeypatch):
     """A test of the definition is one of the fast path too."""
+    monkeypatch.setattr(ham_fused, 'SMALLEST_FORWARD', 1)
+    monkeypatch.setattr(ham_fused, 'SMALLEST_TRAINING', 1)
     set_fused(request.param)
     yield
     set_fused(True)

@@ -8,7 +8,7 @@ from torch import nn
 
 import timm_ham
 from timm_ham import HybridAttention
-from timm_ham.layers import ham_cpu
+from timm_ham.layers import ham_cpu, ham_fused
 from timm_ham.layers.ham_fused import fused_applies, hybrid_attention
 
 # Dense blocks, blocks of 4x4, single pixels; H != W, one pixel, a map smaller than the kernel, C that is no power of 2.
@@ -26,7 +26,9 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Several pieces to a batch, the last one smaller, at the sizes of these tests."""
+    """Several pieces to a batch, the last one smaller, and no size too small, at the sizes of these tests."""
+    monkeypatch.setattr(ham_fused, 'SMALLEST_FORWARD', 1)
+    monkeypatch.setattr(ham_fused, 'SMALLEST_TRAINING', 1)
     monkeypatch.setattr(ham_cpu, 'CHUNK', 2 * 16 * 64)
 
 
@@ -209,6 +211,14 @@ def test_steps_aside():
     exported = torch.export.export(module.eval(), (x,)).graph
     traced = torch.jit.trace(module, x).inlined_graph
     assert not any('timm_ham::' in str(form) or 'ops.timm_ham' in str(form) for form in (graph, exported, traced))
+
+
+def test_small_inputs_are_the_references(monkeypatch):
+    monkeypatch.undo()
+    module, small, middle, large = make(16), *(torch.empty(batch, 16, 32, 32) for batch in (3, 4, 16))
+    assert [fused_applies(module, x) for x in (small, middle, large)] == [False, True, True]
+    with torch.no_grad():
+        assert [fused_applies(module, x) for x in (small, middle, large)] == [False, False, True]
 
 
 def test_operators_are_well_formed():

@@ -235,6 +235,10 @@ _backward.register_autograd(_refuse)
 # -----------------
 
 _enabled = True
+# Elements of a feature map from which on the fast path is one: below, the reference makes do with fewer calls. Measured
+# on one core of a Xeon with AVX-512, at the shapes of ResNet-20 and ResNet-18.
+SMALLEST_FORWARD = 1 << 18
+SMALLEST_TRAINING = 1 << 16
 
 
 def set_fused(enabled: bool) -> None:
@@ -248,6 +252,11 @@ def _is_folded(module: nn.Module) -> bool:
     return isinstance(module.spatial_norm, nn.Identity) and module.spatial_conv.bias is not None
 
 
+def _smallest(module: nn.Module, x: Tensor) -> int:
+    training = torch.is_grad_enabled() and (x.requires_grad or module.pool_logits.requires_grad)
+    return SMALLEST_TRAINING if training else SMALLEST_FORWARD
+
+
 def fused_applies(module: nn.Module, x: Tensor) -> bool:
     """Whether `hybrid_attention` takes this module and input; else they are the reference's.
 
@@ -256,15 +265,15 @@ def fused_applies(module: nn.Module, x: Tensor) -> bool:
     return (
         _enabled
         and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
         and isinstance(x, Tensor)
         and x.device.type == 'cpu'
         and x.dim() == 4
         and x.shape[1] == module.channels
         and x.is_floating_point()
-        and x.numel() > 0
+        and x.numel() >= _smallest(module, x)
         and type(module.spatial_conv) is nn.Conv2d
         and (_is_folded(module) or (type(module.spatial_norm) is nn.BatchNorm2d and module.spatial_norm.affine))
-        and not torch.compiler.is_exporting()
     )
 
 
