@@ -14,9 +14,11 @@ from timm.layers import _assert
 from torch import nn
 
 from timm_ham.layers.ham_fused import fused_applies, hybrid_attention
-from timm_ham.layers.ham_passes import channel_windows
+from timm_ham.layers.ham_passes import channel_windows, computing_dtype
 
 __all__ = ['HybridAttention', 'HybridChannelAttention', 'adaptive_pool']
+
+torch.fx.wrap('computing_dtype')  # a leaf when traced by FX: the result depends on the dtype that comes at run time
 
 
 def channel_kernel_size(channels: int) -> int:
@@ -38,12 +40,6 @@ def num_important_channels(channels: int, separation_rate: float) -> int:
     return min(max(2, nearest_even), channels - 2)
 
 
-@torch.fx.wrap  # a leaf when traced by FX: the result depends on the dtype that comes at run time
-def pooling_dtype(x: torch.Tensor) -> torch.dtype:
-    """float32 for bfloat16 and float16 input, else the input's own dtype."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def adaptive_pool(x: torch.Tensor, pool_logits: torch.Tensor) -> torch.Tensor:
     """Eq. 5: f = 1/2 (avg + max) + alpha avg + beta max, of the global average and maximum over H x W.
 
@@ -54,7 +50,7 @@ def adaptive_pool(x: torch.Tensor, pool_logits: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, C), float32 at least.
     """
-    dtype = pooling_dtype(x)
+    dtype = computing_dtype(x)
     avg = x.mean((2, 3), dtype=dtype)  # B C
     max = x.amax((2, 3)).to(dtype)  # B C
     weights = pool_logits.sigmoid().to(dtype)

@@ -32,6 +32,11 @@ def _groups(logits: Tensor, important: int) -> Tensor:
     return torch.stack([mask, 1 - mask], dim=1)
 
 
+def _activated(z: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+    """The spatial maps before their sigmoid: relu(z * weight + bias)."""
+    return torch.addcmul(norm_bias.to(z.dtype), z, norm_weight.to(z.dtype)).relu_()
+
+
 def _convolution_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 else dtype
 
@@ -81,7 +86,7 @@ def _forward(
         var = (torch.dot(z.flatten(), z.flatten()) / z.numel()).view(1) if var is None else var.to(dtype, copy=True)
         scale = (var + eps).rsqrt()
         z *= scale
-        maps = torch.addcmul(norm_bias.to(dtype), z, norm_weight.to(dtype)).relu_().sigmoid_()
+        maps = _activated(z, norm_weight, norm_bias).sigmoid_()
         out = ham_cpu.apply(x, weighted, blocks.unblock(maps).view(batch, 2, -1))
     return [out, mean, var, avg, top, logits, described, z, scale]
 
@@ -107,25 +112,23 @@ def _maps_backward(
     scale: Tensor,
     spatial_weight: Tensor,
     norm_weight: Tensor,
-    norm_bias: Tensor,
+    activated: Tensor,
+    maps: Tensor,
     blocks: Blocks,
     batch_statistics: bool,
     reduced: torch.dtype,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the maps back to the descriptors: gradients of descriptors, in blocks, of weight and of the norm's two.
 
-    dmaps: Gradient of the maps' sigmoid, in blocks; it is overwritten.
+    dmaps, activated, maps: Gradient of the maps, the maps before their sigmoid and after it, in blocks.
     """
-    weight = norm_weight.to(z.dtype)
-    y = torch.addcmul(norm_bias.to(z.dtype), z, weight).relu_()
-    maps = y.sigmoid()
     # sigmoid'(y) = maps (1 - maps), and relu'(y) is 1 where y > 0
-    dy = torch.ops.aten.threshold_backward(torch.ops.aten.sigmoid_backward(dmaps, maps), y, 0)
+    dy = torch.ops.aten.threshold_backward(torch.ops.aten.sigmoid_backward(dmaps, maps), activated, 0)
     dbias = dy.sum().view(1)
     dweight = torch.dot(dy.flatten(), z.flatten()).view(1)
     if batch_statistics:
         dy.sub_(dbias / z.numel()).addcmul_(z, dweight / z.numel(), value=-1)
-    dz = dy.mul_(scale * weight)
+    dz = dy.mul_(scale * norm_weight.to(z.dtype))
     kernel = blocks.weight(spatial_weight.to(reduced))
     ddescribed, dkernel = blocks.convolve_backward(dz.to(reduced), described.flatten(0, 1).to(reduced), kernel)
     return ddescribed.to(z.dtype), blocks.weight_gradient(dkernel.to(z.dtype)), dweight, dbias
@@ -161,6 +164,8 @@ def _backward(
         sizes = weighted.new_tensor([important, channels - important])[:, None]
 
         dmaps = ham_cpu.products(x, gradient, weighted)
+        activated = _activated(z, norm_weight, norm_bias)
+        maps = activated.sigmoid()
         ddescribed, dspatial, dweight, dbias = _maps_backward(
             blocks.block(dmaps.view(2 * batch, 1, height, width)),
             described,
@@ -168,14 +173,14 @@ def _backward(
             scale,
             spatial_weight,
             norm_weight,
-            norm_bias,
+            activated,
+            maps,
             blocks,
             batch_statistics,
             _convolution_dtype(x, dtype),
         )
         davgs, dtops = blocks.unblock(ddescribed).view(batch, 2, 2, -1).unbind(2)
         tops = blocks.unblock(described.flatten(0, 1)).view(batch, 2, 2, -1)[:, :, 1]
-        maps = torch.addcmul(norm_bias.to(dtype), z, norm_weight.to(dtype)).relu_().sigmoid_()
         alpha_beta = pool_logits.to(dtype).sigmoid()
         inner = Inner(
             groups,
