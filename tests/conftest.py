@@ -1,12 +1,18 @@
 """What several test files need: real and made-up data, a clean accelerate for each test."""
 
+import os
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+
+if not torch.cuda.is_available():
+    # Triton reads it where it is imported first: without a GPU its interpreter runs the kernels.
+    os.environ['TRITON_INTERPRET'] = '1'
 
 CIFAR10 = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'cifar10'
 

@@ -143,9 +143,13 @@ def apply(x: Tensor, weighted: Tensor, maps: Tensor) -> Tensor:
     return out
 
 
-def products(x: Tensor, gradient: Tensor, weighted: Tensor) -> Tensor:
-    """Gradient of the spatial maps, weighted @ (x * gradient): (B, 2, H W)."""
-    pieces, matrix, upper = Pieces.of(x), as_matrix(x), as_matrix(gradient)
+def products(x: Tensor, gradient: Tensor, groups: Tensor, attention: Tensor, tops: Tensor) -> Tuple[Tensor, None]:
+    """Gradient of the spatial maps, groups @ (attention * x * gradient): (B, 2, H W).
+
+    Returns:
+        It, and None: the channels that attain `tops` are counted by `input_gradient`, which has them in cache anyway.
+    """
+    pieces, matrix, upper, weighted = Pieces.of(x), as_matrix(x), as_matrix(gradient), groups * attention[:, None]
     sums = torch.empty(len(x), 2, matrix.shape[2], dtype=pieces.dtype)
     scratch = pieces.scratch()
     for piece in pieces:
@@ -155,7 +159,7 @@ def products(x: Tensor, gradient: Tensor, weighted: Tensor) -> Tensor:
         else:
             part.copy_(matrix[piece]).mul_(upper[piece])
         torch.bmm(weighted[piece], part, out=sums[piece])
-    return sums
+    return sums, None
 
 
 def input_gradient(x: Tensor, gradient: Tensor, inner: Inner) -> Tuple[Tensor, Tensor, Tensor]:
@@ -163,9 +167,7 @@ def input_gradient(x: Tensor, gradient: Tensor, inner: Inner) -> Tuple[Tensor, T
     pieces, matrix, upper, out = Pieces.of(x), as_matrix(x), as_matrix(gradient), torch.empty_like(x)
     result, pixels = as_matrix(out), matrix.shape[2]
     dlogits, df = torch.empty_like(inner.attention), torch.empty_like(inner.attention)
-    # The zeros of a group's masked channels attain its maximum too where that is zero.
-    masked_ties = torch.eq(inner.tops, 0, out=torch.empty_like(inner.tops))
-    masked_ties *= x.shape[1] - inner.groups.sum(2, keepdim=True)
+    masked_ties = inner.masked_ties
     first, second = pieces.scratch(), pieces.scratch()
     x_scratch, g_scratch = (None if x.dtype == pieces.dtype else pieces.scratch() for _ in range(2))
     for piece in pieces:

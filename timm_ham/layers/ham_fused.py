@@ -9,16 +9,27 @@ Float16 and bfloat16 maps are computed on in float32, but for bfloat16's spatial
 gradients are those of the reference: a maximum's gradient is shared by all that attain it.
 """
 
+from importlib.util import find_spec
+from types import ModuleType
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from timm_ham.layers import ham_cpu
+from timm_ham.layers import ham_compiled, ham_cpu
 from timm_ham.layers.block_conv import Blocks
 from timm_ham.layers.ham_passes import Inner, channel_windows, computing_dtype
 
 __all__ = ['fused_applies', 'hybrid_attention', 'set_fused']
+
+
+def _passes(x: Tensor) -> ModuleType:
+    """What computes on the feature map, for x's device."""
+    if x.device.type == 'cpu':
+        return ham_cpu
+    from timm_ham.layers import ham_triton  # needs a package that only builds of torch for GPUs bring
+
+    return ham_triton
 
 
 # Forward
@@ -30,6 +41,11 @@ def _groups(logits: Tensor, important: int) -> Tensor:
     nth = logits.kthvalue(logits.shape[1] - important + 1, dim=1, keepdim=True).values
     mask = (logits >= nth).to(logits.dtype)
     return torch.stack([mask, 1 - mask], dim=1)
+
+
+def _per_member(of_groups: Tensor, important: int, channels: int) -> Tensor:
+    """(B, 2, ...) over the channels of each group."""
+    return torch.stack([of_groups[:, 0] / important, of_groups[:, 1] / (channels - important)], dim=1)
 
 
 def _activated(z: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
@@ -47,8 +63,8 @@ def _formatted(x: Tensor) -> Tensor:
     return x if known else x.contiguous()
 
 
-@torch.library.custom_op('timm_ham::hybrid_attention', mutates_args=())
-def _forward(
+def _attend(
+    passes: ModuleType,
     x: Tensor,
     pool_logits: Tensor,
     channel_weight: Tensor,
@@ -63,42 +79,55 @@ def _forward(
     """The module's function; the norm uses the batch's statistics if it is not given any.
 
     Returns:
-        Output, mean and variance, and for the backward pass: average and maximum over pixels (B, C), logits (B, C),
-        descriptors in blocks, normalized maps in blocks, 1 / standard deviation.
+        Output, mean and variance, and for the backward pass: average and maximum over pixels (B, C), groups (B, 2, C),
+        channel attention (B, C), descriptors in blocks, normalized maps in blocks, 1 / standard deviation.
     """
-    with torch.autocast('cpu', enabled=False):
-        dtype, (batch, channels) = computing_dtype(x), x.shape[:2]
-        avg, top = ham_cpu.pool(x)
-        alpha_beta = pool_logits.to(dtype).sigmoid()
-        f = (0.5 + alpha_beta[0]) * avg + (0.5 + alpha_beta[1]) * top
-        taps = channel_weight.flatten().to(dtype)
-        logits = (channel_windows(f, len(taps)) * taps).sum(-1)
-        weighted = _groups(logits, important) * logits.sigmoid()[:, None]
-        sizes = weighted.new_tensor([important, channels - important])[:, None]
+    dtype, (batch, channels) = computing_dtype(x), x.shape[:2]
+    avg, top = passes.pool(x)
+    alpha_beta = pool_logits.to(dtype).sigmoid()
+    f = (0.5 + alpha_beta[0]) * avg + (0.5 + alpha_beta[1]) * top
+    taps = channel_weight.flatten().to(dtype)
+    logits = (channel_windows(f, len(taps)) * taps).sum(-1)
+    groups, attention = _groups(logits, important), logits.sigmoid()
+    weighted = groups * attention[:, None]
 
-        blocks = Blocks(*x.shape[2:], spatial_weight.shape[-1])
-        described = ham_cpu.describe(x, weighted, weighted / sizes, blocks)
-        reduced = _convolution_dtype(x, dtype)
-        kernel = blocks.weight(spatial_weight.to(reduced))
-        z = blocks.convolve(described.flatten(0, 1).to(reduced), kernel).to(dtype)
-        mean = z.mean().view(1) if mean is None else mean.to(dtype, copy=True)
-        z -= mean
-        var = (torch.dot(z.flatten(), z.flatten()) / z.numel()).view(1) if var is None else var.to(dtype, copy=True)
-        scale = (var + eps).rsqrt()
-        z *= scale
-        maps = _activated(z, norm_weight, norm_bias).sigmoid_()
-        out = ham_cpu.apply(x, weighted, blocks.unblock(maps).view(batch, 2, -1))
-    return [out, mean, var, avg, top, logits, described, z, scale]
+    blocks = Blocks.of(x, spatial_weight)
+    described = passes.describe(x, weighted, _per_member(weighted, important, channels), blocks)
+    reduced = _convolution_dtype(x, dtype)
+    kernel = blocks.weight(spatial_weight.to(reduced))
+    z = blocks.convolve(described.flatten(0, 1).to(reduced), kernel).to(dtype)
+    mean = z.mean().view(1) if mean is None else mean.to(dtype, copy=True)
+    z -= mean
+    var = (torch.dot(z.flatten(), z.flatten()) / z.numel()).view(1) if var is None else var.to(dtype, copy=True)
+    scale = (var + eps).rsqrt()
+    z *= scale
+    maps = _activated(z, norm_weight, norm_bias).sigmoid_()
+    out = passes.apply(x, weighted, blocks.unblock(maps).view(batch, 2, -1))
+    return [out, mean, var, avg, top, groups, attention, described, z, scale]
+
+
+@torch.library.custom_op(
+    'timm_ham::hybrid_attention',
+    mutates_args=(),
+    schema='(Tensor x, Tensor pool_logits, Tensor channel_weight, Tensor spatial_weight, Tensor norm_weight, '
+    'Tensor norm_bias, Tensor? mean, Tensor? var, int important, float eps) -> Tensor[]',
+)
+def _forward(x, *others):
+    with torch.autocast(x.device.type, enabled=False):
+        return _attend(_passes(x), x, *others)
 
 
 @_forward.register_fake
 def _(x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias, mean, var, important, eps):
     dtype, (batch, channels, height, width) = computing_dtype(x), x.shape
-    p, q = Blocks(*x.shape[2:], spatial_weight.shape[-1]).size
-    one, few = (x.new_empty(shape, dtype=dtype) for shape in ((1,), (batch, channels)))
-    described = x.new_empty((batch, 2, 2 * p * q, height // p, width // q), dtype=dtype)
-    z = x.new_empty((2 * batch, p * q, height // p, width // q), dtype=dtype)
-    return [torch.empty_like(x), one, one.clone(), few, few.clone(), few.clone(), described, z, one.clone()]
+    p, q = Blocks.of(x, spatial_weight).size
+    shapes = (
+        [(1,)] * 2  # mean, variance
+        + [(batch, channels)] * 2  # average, maximum
+        + [(batch, 2, channels), (batch, channels)]  # groups, attention
+        + [(batch, 2, 2 * p * q, height // p, width // q), (2 * batch, p * q, height // p, width // q), (1,)]
+    )
+    return [torch.empty_like(x), *(x.new_empty(shape, dtype=dtype) for shape in shapes)]
 
 
 # Backward
@@ -134,8 +163,8 @@ def _maps_backward(
     return ddescribed.to(z.dtype), blocks.weight_gradient(dkernel.to(z.dtype)), dweight, dbias
 
 
-@torch.library.custom_op('timm_ham::hybrid_attention_backward', mutates_args=())
-def _backward(
+def _attend_backward(
+    passes: ModuleType,
     gradient: Tensor,
     x: Tensor,
     pool_logits: Tensor,
@@ -145,7 +174,8 @@ def _backward(
     norm_bias: Tensor,
     avg: Tensor,
     top: Tensor,
-    logits: Tensor,
+    groups: Tensor,
+    attention: Tensor,
     described: Tensor,
     z: Tensor,
     scale: Tensor,
@@ -153,50 +183,44 @@ def _backward(
     batch_statistics: bool,
 ) -> List[Tensor]:
     """Gradients of x and of the five parameters."""
-    with torch.autocast('cpu', enabled=False):
-        dtype, (batch, channels, height, width) = computing_dtype(x), x.shape
-        blocks = Blocks(*x.shape[2:], spatial_weight.shape[-1])
-        gradient = gradient.contiguous(
-            memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        )
-        groups, attention = _groups(logits, important), logits.sigmoid()
-        weighted = groups * attention[:, None]
-        sizes = weighted.new_tensor([important, channels - important])[:, None]
-
-        dmaps = ham_cpu.products(x, gradient, weighted)
-        activated = _activated(z, norm_weight, norm_bias)
-        maps = activated.sigmoid()
-        ddescribed, dspatial, dweight, dbias = _maps_backward(
-            blocks.block(dmaps.view(2 * batch, 1, height, width)),
-            described,
-            z,
-            scale,
-            spatial_weight,
-            norm_weight,
-            activated,
-            maps,
-            blocks,
-            batch_statistics,
-            _convolution_dtype(x, dtype),
-        )
-        davgs, dtops = blocks.unblock(ddescribed).view(batch, 2, 2, -1).unbind(2)
-        tops = blocks.unblock(described.flatten(0, 1)).view(batch, 2, 2, -1)[:, :, 1]
-        alpha_beta = pool_logits.to(dtype).sigmoid()
-        inner = Inner(
-            groups,
-            attention,
-            blocks.unblock(maps).view(batch, 2, -1),
-            tops,
-            dtops,
-            davgs / sizes,
-            channel_weight.flatten().to(dtype),
-            0.5 + alpha_beta,
-            top,
-        )
-        dx, dlogits, df = ham_cpu.input_gradient(x, gradient, inner)
-        dpool = torch.stack([(df * avg).sum(), (df * top).sum()]) * alpha_beta * (1 - alpha_beta)
-        f = inner.pool_weights[0] * avg + inner.pool_weights[1] * top
-        dchannel = torch.einsum('bc,bck->k', dlogits, channel_windows(f, channel_weight.numel()))
+    dtype, (batch, channels, height, width) = computing_dtype(x), x.shape
+    blocks = Blocks.of(x, spatial_weight)
+    gradient = gradient.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    tops = blocks.unblock(described.flatten(0, 1)).view(batch, 2, 2, -1)[:, :, 1]
+    dmaps, ties = passes.products(x, gradient, groups, attention, tops)
+    activated = _activated(z, norm_weight, norm_bias)
+    maps = activated.sigmoid()
+    ddescribed, dspatial, dweight, dbias = _maps_backward(
+        blocks.block(dmaps.view(2 * batch, 1, height, width)),
+        described,
+        z,
+        scale,
+        spatial_weight,
+        norm_weight,
+        activated,
+        maps,
+        blocks,
+        batch_statistics,
+        _convolution_dtype(x, dtype),
+    )
+    davgs, dtops = blocks.unblock(ddescribed).view(batch, 2, 2, -1).unbind(2)
+    alpha_beta = pool_logits.to(dtype).sigmoid()
+    inner = Inner(
+        groups,
+        attention,
+        blocks.unblock(maps).view(batch, 2, -1),
+        tops,
+        dtops,
+        _per_member(davgs, important, channels),
+        channel_weight.flatten().to(dtype),
+        0.5 + alpha_beta,
+        top,
+        ties,
+    )
+    dx, dlogits, df = passes.input_gradient(x, gradient, inner)
+    dpool = torch.stack([(df * avg).sum(), (df * top).sum()]) * alpha_beta * (1 - alpha_beta)
+    f = inner.pool_weights[0] * avg + inner.pool_weights[1] * top
+    dchannel = (dlogits[:, :, None] * channel_windows(f, channel_weight.numel())).sum((0, 1))
     return [
         dx,
         dpool.to(pool_logits.dtype),
@@ -207,23 +231,33 @@ def _backward(
     ]
 
 
+@torch.library.custom_op('timm_ham::hybrid_attention_backward', mutates_args=())
+def _backward(gradient: Tensor, x: Tensor, saved: List[Tensor], important: int, batch_statistics: bool) -> List[Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return _attend_backward(_passes(x), gradient, x, *saved, important, batch_statistics)
+
+
 @_backward.register_fake
-def _(gradient, x, pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias, *saved_and_options):
-    parameters = (pool_logits, channel_weight, spatial_weight, norm_weight, norm_bias)
-    return [torch.empty_like(x), *(parameter.new_empty(parameter.shape) for parameter in parameters)]
+def _(gradient, x, saved, important, batch_statistics):
+    return [torch.empty_like(x), *(parameter.new_empty(parameter.shape) for parameter in saved[:5])]
 
 
 def _save(ctx, inputs, output) -> None:
     x, *parameters = inputs[:6]
-    ctx.important, ctx.batch_statistics = inputs[8], inputs[6] is None
+    ctx.options = inputs[8], inputs[6] is None
     ctx.save_for_backward(x, *parameters, *output[3:])
+
+
+def _save_for_operator(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, gradients):
     if gradients[0] is None:  # nothing depends on the output
         return (None,) * 10
-    return (*_backward(gradients[0], *ctx.saved_tensors, ctx.important, ctx.batch_statistics), *[None] * 4)
+    x, *saved = ctx.saved_tensors
+    return (*_backward(gradients[0], x, saved, *ctx.options), *[None] * 4)
 
 
 def _refuse(ctx, gradients):
@@ -232,14 +266,29 @@ def _refuse(ctx, gradients):
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(_differentiate, setup_context=_save_for_operator)
 _backward.register_autograd(_refuse)
+
+
+class _Traced(torch.autograd.Function):
+    """The same for torch.compile, which sees through it and joins its loops to those of its neighbours."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _attend(ham_compiled, *inputs)
+        _save(ctx, inputs, output)
+        return tuple(output[:3])
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        return (*_attend_backward(ham_compiled, gradient, *ctx.saved_tensors, *ctx.options), *[None] * 4)
 
 
 # The module's door
 # -----------------
 
 _enabled = True
+_HAS_TRITON = find_spec('triton') is not None
 # Elements of a feature map from which on the fast path is one: below, the reference makes do with fewer calls. Measured
 # on one core of a Xeon with AVX-512, at the shapes of ResNet-20 and ResNet-18.
 SMALLEST_FORWARD = 1 << 18
@@ -272,7 +321,7 @@ def fused_applies(module: nn.Module, x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
         and isinstance(x, Tensor)
-        and x.device.type == 'cpu'
+        and (x.device.type == 'cpu' or (x.is_cuda and _HAS_TRITON))
         and x.dim() == 4
         and x.shape[1] == module.channels
         and x.is_floating_point()
@@ -283,7 +332,7 @@ def fused_applies(module: nn.Module, x: Tensor) -> bool:
 
 
 def hybrid_attention(module: nn.Module, x: Tensor) -> Tensor:
-    """What HybridAttention computes of x, (B, C, H, W), on a CPU. Updates the running statistics in training."""
+    """What HybridAttention computes of x, (B, C, H, W). Updates the running statistics in training."""
     norm = module.spatial_norm
     if _is_folded(module):
         bias = module.spatial_conv.bias
@@ -292,7 +341,7 @@ def hybrid_attention(module: nn.Module, x: Tensor) -> Tensor:
         batch_statistics = norm.training or norm.running_mean is None
         scale, bias, eps = norm.weight, norm.bias, norm.eps
         statistics = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
-    out, mean, var, *_ = _forward(
+    inputs = (
         _formatted(x),
         module.pool_logits,
         module.channel_conv.weight,
@@ -303,6 +352,11 @@ def hybrid_attention(module: nn.Module, x: Tensor) -> Tensor:
         module.important_channels,
         eps,
     )
+    if torch.compiler.is_compiling():
+        with torch.autocast(x.device.type, enabled=False):
+            out, mean, var = _Traced.apply(*inputs)
+    else:
+        out, mean, var, *_ = _forward(*inputs)
     if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.running_mean is not None:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)

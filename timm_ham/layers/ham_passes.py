@@ -1,7 +1,7 @@
 """What the passes of HAM's fast path over a feature map share with what lies between them."""
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Inner:
     taps: Of the convolution along the channels, (k,).
     pool_weights: Of average and maximum in Eq. 5, (2,).
     top: Maximum over pixels, (B, C).
+    ties: How many channels attain a group's maximum, without `masked_ties`, (B, 2, H W); None where they are counted
+        on the way.
     """
 
     groups: Tensor
@@ -45,6 +47,12 @@ class Inner:
     taps: Tensor
     pool_weights: Tensor
     top: Tensor
+    ties: Optional[Tensor]
+
+    @property
+    def masked_ties(self) -> Tensor:
+        """The zeros of a group's masked channels attain its maximum too where that is zero: how many, (B, 2, H W)."""
+        return (self.tops == 0) * (self.groups.shape[2] - self.groups.sum(2, keepdim=True))
 
 
 def attention_gradients(dattention: Tensor, attention: Tensor, taps: Tensor) -> Tuple[Tensor, Tensor]:
