@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from timm_ham import cli
-from timm_ham.inspection.benchmark import interleaved, module_shapes, saved_bytes
+from timm_ham.inspection.benchmark import interleaved, module_shapes, peak_bytes, saved_bytes
 
 
 def test_shapes_are_those_of_the_network():
@@ -38,6 +38,15 @@ def test_saved_bytes():
     assert twice == 16 * 8 * 4  # once, though it is saved twice
 
 
+def test_peak_bytes():
+    def function():
+        first, second = torch.zeros(1000), torch.zeros(2000)
+        del first
+        return second, torch.zeros(500)
+
+    assert peak_bytes(function) == 3000 * 4
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = 'bench --architectures resnet20 --attentions se rcca ham --precisions fp32 --memory-formats contiguous'
@@ -60,6 +69,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         in_blocks = {'se', 'ham'}
         assert set(measurement['ratios']) == (in_blocks if measurement['what'] == 'module' else {*in_blocks, 'rcca'})
         assert measurement['where'] in out
+        assert set(measurement['peak']) == set(measurement['ratios'])
         if measurement['action'] == 'train step':
             assert 1 < measurement['saved']['se'] < measurement['saved']['ham'] < 2
     assert {'hardware', 'versions'} <= set(result['environment']) and result['threads'] == torch.get_num_threads()

@@ -4,11 +4,15 @@ Machines are noisy, and a time says little about another machine: every figure i
 measurements that stand next to each other, and its quartiles.
 """
 
+import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import accumulate, product
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, Sequence, Tuple
 
 import timm
@@ -62,6 +66,7 @@ class Measurement:
     action: 'forward', 'forward+backward', 'train step', 'inference'.
     baseline: Whose ratio is 1: no attention for networks, CBAM for modules.
     ratios: Attention to (lower quartile, median, upper quartile) of its time over the baseline's.
+    peak: Attention to the memory at the most allocated at a time, beside parameters and input, over the baseline's.
     saved: Attention to bytes kept for the backward pass over the baseline's; train steps alone.
     """
 
@@ -73,6 +78,7 @@ class Measurement:
     precision: str
     baseline: str
     ratios: Dict[str, Tuple[float, float, float]]
+    peak: Dict[str, float]
     saved: Dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -106,7 +112,7 @@ def interleaved(
         for name, values in ratios.items():
             if number:
                 values.append(seconds[name] / seconds[baseline])
-    return {name: tuple(statistics.quantiles(values, n=4)) for name, values in ratios.items()}
+    return {name: tuple(statistics.quantiles(values, n=4, method='inclusive')) for name, values in ratios.items()}
 
 
 def saved_bytes(function: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
@@ -123,6 +129,24 @@ def saved_bytes(function: Callable[[], torch.Tensor], parameters: Iterable[torch
         output = function()
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Bytes that a call has allocated at the most at a time, as torch's profiler sees it."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's own log
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'trace.json')
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())['traceEvents']
+    changes = sorted((event['ts'], event['args']['Bytes']) for event in events if event.get('name') == '[memory]')
+    return max(accumulate(change for _, change in changes))
+
+
+def over(baseline: str, values: Dict[str, float]) -> Dict[str, float]:
+    """Each of the others over the baseline's."""
+    return {name: value / values[baseline] for name, value in values.items() if name != baseline}
 
 
 def autocast(precision: str) -> torch.autocast:
@@ -167,8 +191,10 @@ def _modules(settings: Settings) -> Iterator[Measurement]:
         }
         where = 'x'.join(map(str, shape[1:]))
         for action in ('forward', 'forward+backward'):
-            ratios = interleaved({name: both[action] for name, both in functions.items()}, 'cbam', settings.rounds)
-            yield Measurement('module', where, action, shape[0], memory_format, precision, 'cbam', ratios)
+            of_action = {name: both[action] for name, both in functions.items()}
+            ratios = interleaved(of_action, 'cbam', settings.rounds)
+            peak = over('cbam', {name: peak_bytes(function) for name, function in of_action.items()})
+            yield Measurement('module', where, action, shape[0], memory_format, precision, 'cbam', ratios, peak)
 
 
 class _Network:
@@ -225,11 +251,11 @@ def _networks(settings: Settings) -> Iterator[Measurement]:
             }
             saved = {}
             if action == 'train step' and not compiled:
-                saved = {name: network.saved() / networks['plain'].saved() for name, network in networks.items()}
-                del saved['plain']
+                saved = over('plain', {name: network.saved() for name, network in networks.items()})
             ratios = interleaved(functions, 'plain', settings.rounds)
+            peak = over('plain', {name: peak_bytes(function) for name, function in functions.items()})
             what = 'compiled network' if compiled else 'network'
-            yield Measurement(what, architecture, action, batch, memory_format, precision, 'plain', ratios, saved)
+            yield Measurement(what, architecture, action, batch, memory_format, precision, 'plain', ratios, peak, saved)
 
 
 def benchmark(settings: Settings) -> List[Measurement]:
@@ -258,9 +284,10 @@ def table(measurements: Sequence[Measurement], markdown: bool = False) -> str:
             f'{m.ratios[name][1]:.2f} ({m.ratios[name][0]:.2f}-{m.ratios[name][2]:.2f})' if name in m.ratios else ''
             for name in names
         ]
-        saved = ', '.join(f'{name} {ratio:.2f}' for name, ratio in m.saved.items())
-        rows.append((m.what, m.where, m.action, m.batch_size, m.memory_format, m.precision, m.baseline, *cells, saved))
-    headers = ('what', 'where', 'action', 'batch', 'format', 'precision', 'over', *names, 'saved for backward')
+        memory = [', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items()) for ratios in (m.peak, m.saved)]
+        where = (m.what, m.where, m.action, m.batch_size, m.memory_format, m.precision, m.baseline)
+        rows.append((*where, *cells, *memory))
+    headers = 'what', 'where', 'action', 'batch', 'format', 'precision', 'over', *names, 'peak memory', 'saved'
     return tabulate(rows, headers, tablefmt='github' if markdown else 'simple', disable_numparse=True)
 
 
