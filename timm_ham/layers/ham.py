@@ -14,7 +14,7 @@ from timm.layers import _assert
 from torch import nn
 
 from timm_ham.layers.ham_fused import fused_applies, hybrid_attention
-from timm_ham.layers.ham_passes import channel_windows, computing_dtype
+from timm_ham.layers.ham_passes import computing_dtype, convolve_channels
 
 __all__ = ['HybridAttention', 'HybridChannelAttention', 'adaptive_pool']
 
@@ -97,9 +97,7 @@ class HybridChannelAttention(nn.Module):
         # No shape below depends on it, so a wrong width would give a wrong attention in silence.
         _assert(x.shape[1] == self.channels, 'attention on an input with another number of channels than its own')
         f = adaptive_pool(x, self.pool_logits)
-        # The convolution as a sum over windows: autocast would run a conv1d in bfloat16, and channels would tie.
-        windows = channel_windows(f, self.channel_conv.kernel_size[0])  # B C k
-        return (windows * self.channel_conv.weight.to(f.dtype).view(-1)).sum(-1)
+        return convolve_channels(f, self.channel_conv.weight.to(f.dtype).view(-1), self.channel_conv.kernel_size[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the class says."""

@@ -5,7 +5,8 @@ format. Everything that selects a group of channels is a product with the (b, 2,
 every sum over channels: `groups @ x` makes descriptors, `groups^T @ maps` spreads maps over the channels again.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Iterator, Optional, Tuple
 
 import torch
@@ -17,6 +18,7 @@ from timm_ham.layers.ham_passes import Inner, as_matrix, attention_gradients, co
 __all__ = ['apply', 'describe', 'input_gradient', 'pool', 'products']
 
 CHUNK = 1 << 17  # elements of a piece: with its scratch, what a core's second-level cache holds
+VECTORS = 64  # elements that torch reduces in one go
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ class Pieces:
         else:
             out.baddbmm_(groups.transpose(1, 2), maps)
 
+    def channel_max(self, x: Tensor) -> Tensor:
+        """(b, C, H W) to (b, H W)."""
+        channels, pixels = x.shape[1:]
+        together = VECTORS // math.gcd(VECTORS, pixels)  # channels that are whole vectors
+        if self.channels_last or together == 1 or channels % together:
+            return x.amax(1)
+        # In two steps too, of which the first leaves no rest that torch would do number by number.
+        rows = x.view(len(x), -1, together * pixels).amax(1)
+        return rows.view(-1, together, pixels).amax(1)
+
     def pixel_max(self, x: Tensor) -> Tensor:
         """(b, C, H W) to (b, C)."""
         if not self.channels_last:
@@ -116,7 +128,8 @@ def describe(x: Tensor, weighted: Tensor, averaging: Tensor, blocks: Blocks) -> 
     convert = None if x.dtype == pieces.dtype else pieces.scratch()
     # Maxima over few channels are slow where those lie next to each other: turn the piece around.
     turn = pieces.channels_last and x.shape[1] < 32
-    scratch = (Pieces(pieces.shape, False, pieces.dtype) if turn else pieces).scratch()
+    scratched = replace(pieces, channels_last=False) if turn else pieces
+    scratch = scratched.scratch()
     turned = torch.empty_like(scratch) if turn else None
     for piece in pieces:
         part = in_dtype(matrix, piece, pieces.dtype, convert)
@@ -126,7 +139,7 @@ def describe(x: Tensor, weighted: Tensor, averaging: Tensor, blocks: Blocks) -> 
         product = scratch[: len(part)]
         for group in range(2):
             torch.mul(part, weighted[piece, group, :, None], out=product)
-            top[piece, group] = product.amax(1).view(top[piece, group].shape)
+            top[piece, group] = scratched.channel_max(product).view(top[piece, group].shape)
     return described
 
 

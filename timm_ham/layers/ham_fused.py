@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from timm_ham.layers import ham_compiled, ham_cpu
 from timm_ham.layers.block_conv import Blocks
-from timm_ham.layers.ham_passes import Inner, channel_windows, computing_dtype
+from timm_ham.layers.ham_passes import Inner, channel_shifts, computing_dtype, convolve_channels
 
 __all__ = ['fused_applies', 'hybrid_attention', 'set_fused']
 
@@ -87,7 +87,7 @@ def _attend(
     alpha_beta = pool_logits.to(dtype).sigmoid()
     f = (0.5 + alpha_beta[0]) * avg + (0.5 + alpha_beta[1]) * top
     taps = channel_weight.flatten().to(dtype)
-    logits = (channel_windows(f, len(taps)) * taps).sum(-1)
+    logits = convolve_channels(f, taps, len(taps))
     groups, attention = _groups(logits, important), logits.sigmoid()
     weighted = groups * attention[:, None]
 
@@ -220,7 +220,7 @@ def _attend_backward(
     dx, dlogits, df = passes.input_gradient(x, gradient, inner)
     dpool = torch.stack([(df * avg).sum(), (df * top).sum()]) * alpha_beta * (1 - alpha_beta)
     f = inner.pool_weights[0] * avg + inner.pool_weights[1] * top
-    dchannel = (dlogits[:, :, None] * channel_windows(f, channel_weight.numel())).sum((0, 1))
+    dchannel = torch.stack([(dlogits * shift).sum() for shift in channel_shifts(f, channel_weight.numel())])
     return [
         dx,
         dpool.to(pool_logits.dtype),

@@ -1,13 +1,13 @@
 """What the passes of HAM's fast path over a feature map share with what lies between them."""
 
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ['Inner', 'as_matrix', 'attention_gradients', 'channel_windows', 'computing_dtype']
+__all__ = ['Inner', 'as_matrix', 'attention_gradients', 'channel_shifts', 'computing_dtype', 'convolve_channels']
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -20,9 +20,22 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.flatten(2) if x.is_contiguous() else x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
 
 
-def channel_windows(f: Tensor, kernel_size: int) -> Tensor:
-    """What a convolution along the channels sees, zeros outside: (B, C) to (B, C, k)."""
-    return F.pad(f, (kernel_size // 2, kernel_size // 2)).unfold(1, kernel_size, 1)
+def channel_shifts(f: Tensor, kernel_size: int) -> List[Tensor]:
+    """What the k taps of a convolution along the channels see, zeros outside: (B, C) to k of (B, C)."""
+    padded = F.pad(f, (kernel_size // 2, kernel_size // 2))
+    return [padded[:, tap : tap + f.shape[1]] for tap in range(kernel_size)]
+
+
+def convolve_channels(f: Tensor, taps: Tensor, kernel_size: int) -> Tensor:
+    """The convolution along the channels, of (B, C) and (k,), zeros outside.
+
+    As a sum: autocast would run a conv1d in bfloat16, and channels would tie.
+    """
+    shifts = channel_shifts(f, kernel_size)
+    result = shifts[0] * taps[0]
+    for tap in range(1, kernel_size):
+        result = result + shifts[tap] * taps[tap]
+    return result
 
 
 @dataclass(frozen=True)
@@ -58,4 +71,4 @@ class Inner:
 def attention_gradients(dattention: Tensor, attention: Tensor, taps: Tensor) -> Tuple[Tensor, Tensor]:
     """From the gradient of A to those of the channel logits and of f (Eq. 7), (B, C) each."""
     dlogits = dattention * attention * (1 - attention)
-    return dlogits, (channel_windows(dlogits, len(taps)) * taps.flip(0)).sum(-1)
+    return dlogits, convolve_channels(dlogits, taps.flip(0), len(taps))
