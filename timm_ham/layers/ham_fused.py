@@ -1,9 +1,10 @@
 """The fast path of HybridAttention: the function of ham.py in few passes over memory, as one operator.
 
 HAM's cost is memory traffic. The reference reads and writes the feature map some forty times, forward and backward.
-Here the passes that touch it are few, and written for the device, in ham_cpu.py. What lies between them works on (B, C)
-numbers and on maps of one channel, and is here. The backward pass recomputes what it can from x: saved are x, four
-descriptor maps and two normalized maps a sample.
+Here the passes that touch it are few, and written for what runs them: ham_cpu.py, ham_triton.py for a GPU, and
+ham_compiled.py for torch.compile, which sees no operator but the passes themselves. What lies between them works on
+(B, C) numbers and on maps of one channel, and is here. The backward pass recomputes what it can from x: saved are x,
+four descriptor maps and two normalized maps a sample.
 
 Float16 and bfloat16 maps are computed on in float32, but for bfloat16's spatial convolution. Ranking, ties and their
 gradients are those of the reference: a maximum's gradient is shared by all that attain it.
