@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from timm_ham import MODELS, TimmHamError
 from timm_ham.models import weights, zoo
-from timm_ham.models.weights import check_weights, load_model
+from timm_ham.models.loading import load_model
+from timm_ham.models.weights import check_weights
 from timm_ham.publishing.card import command_line
 from timm_ham.publishing.export import export
 from timm_ham.training import trainer

@@ -82,7 +82,8 @@ def evaluate_command(
     """Measure weights on a dataset, in float32.
 
     Args:
-        model: Name of pretrained weights, such as resnet20_ham.cifar10, or a folder with config.json.
+        model: Name of pretrained weights, such as resnet20_ham.cifar10, a folder with config.json, or
+            hf-hub:<owner>/<name>.
         dataset: digits, cifar10, cifar100, the id of a dataset on the Hub, or a local folder of parquet files.
         split: Images to measure on.
         batch_size: Images in a batch.
@@ -91,7 +92,7 @@ def evaluate_command(
     """
     from accelerate import Accelerator
 
-    from timm_ham.models.weights import load_model
+    from timm_ham.models.loading import load_model
     from timm_ham.training.data import open_dataset
     from timm_ham.training.evaluate import evaluate_split
 

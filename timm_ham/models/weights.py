@@ -10,13 +10,11 @@ import warnings
 from pathlib import Path
 from typing import Dict, Iterator, Mapping
 
-import timm
 from timm.models import PretrainedCfg
-from torch import nn
 
 from timm_ham.errors import TimmHamError
 
-__all__ = ['CONFIG_FILE', 'HASH_KEY', 'WEIGHTS_FILE', 'bundled_cfgs', 'check_weights', 'hub_folders', 'load_model']
+__all__ = ['CONFIG_FILE', 'HASH_KEY', 'WEIGHTS_FILE', 'bundled_cfgs', 'check_weights', 'hub_folders']
 
 CONFIG_FILE = 'config.json'
 WEIGHTS_FILE = 'model.safetensors'
@@ -93,21 +91,3 @@ def check_weights(weights: Path) -> None:
             f'{weights} is not the file that {config.name} beside it describes (SHA-256 differs): '
             'it is truncated or altered, get it again'
         )
-
-
-def load_model(name: str) -> nn.Module:
-    """A model with its weights, by registered name (`resnet20_ham.cifar10`) or by folder.
-
-    Raises:
-        TimmHamError: If there is no such model, or it has no weights, or they are not whole.
-    """
-    if (Path(name) / CONFIG_FILE).is_file():
-        return timm.create_model(f'local-dir:{name}', pretrained=True)
-    if not timm.is_model_pretrained(name):
-        choices = [
-            *(folder.name for folder in hub_folders()),
-            f'a folder with {CONFIG_FILE}',
-            'any pretrained model of timm',
-        ]
-        raise TimmHamError(f'no weights for {name!r}: choose from {", ".join(choices)}')
-    return timm.create_model(name, pretrained=True)

@@ -15,7 +15,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_ham.errors import TimmHamError
-from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, WEIGHTS_FILE, load_model
+from timm_ham.models.loading import load_model
+from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, WEIGHTS_FILE
 from timm_ham.publishing.card import model_card
 from timm_ham.training.run import Run
 from timm_ham.training.trainer import build_model
