@@ -35,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_ham.errors import TimmHamError
 from timm_ham.layers import ABLATIONS, AFTER_STAGES, ATTENTIONS, HybridAttention
+from timm_ham.models.hub import with_checked_weights
 from timm_ham.models.preact import PreActBlock
 from timm_ham.models.tracing import LayerTracer
 
@@ -278,10 +279,15 @@ def _network_with_attention(
     attn_kwargs: Optional[Dict[str, Any]] = None,
     **kwargs: Any,
 ) -> nn.Module:
+    # The arguments may come from anyone's config.json: they describe a network, they do not load another's weights.
+    if not timm.is_model(base) or 'checkpoint_path' in kwargs:
+        raise TimmHamError(f'{base!r} with {sorted(kwargs)} is no network to add an attention to')
     return add_attention(timm.create_model(base, **kwargs), attention, replace, identity_start, **(attn_kwargs or {}))
 
 
 @register_model
 def timm_with_attention(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The model `base` of timm after `add_attention`, whose arguments the others are."""
+    if pretrained:
+        kwargs = with_checked_weights('timm_with_attention', kwargs)
     return build_model_with_cfg(_network_with_attention, 'timm_with_attention', pretrained, **kwargs)

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Tuple
+from typing import Callable, Tuple, Union
 
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
 from timm_ham.errors import TimmHamError
-from timm_ham.models.weights import CONFIG_FILE, hub_folders
+from timm_ham.models.hub import download
+from timm_ham.models.weights import CONFIG_FILE, MAX_CONFIG_BYTES, check_architecture, hub_folders, read_config
 
 __all__ = ['Classifier', 'load_classifier', 'load_model']
 
@@ -33,20 +35,26 @@ class Classifier:
     label_names: Tuple[str, ...]
 
 
-def load_model(name: str) -> nn.Module:
+def load_model(name: str, cache_dir: Union[str, Path, None] = None) -> nn.Module:
     """A model with its weights.
 
     Args:
         name: A registered name (`resnet20_ham.cifar10`), a folder with config.json, or
             `hf-hub:<owner>/<name>[@revision]`.
+        cache_dir: For what is downloaded; huggingface_hub's own if None.
 
     Raises:
         TimmHamError: If there is no such model, or it has no weights, or they are not whole.
     """
-    folder = name.removeprefix(FOLDER_PREFIX)
-    if (Path(folder) / CONFIG_FILE).is_file():
-        return timm.create_model(f'{FOLDER_PREFIX}{folder}', pretrained=True)
-    if not name.startswith(HUB_PREFIX) and not timm.is_model_pretrained(name):
+    folder = Path(name.removeprefix(FOLDER_PREFIX))
+    if (folder / CONFIG_FILE).is_file():
+        _check_config(folder / CONFIG_FILE, folder.resolve().name)
+        name = f'{FOLDER_PREFIX}{folder}'
+    elif name.startswith(HUB_PREFIX):
+        hub_id = name.removeprefix(HUB_PREFIX)
+        config = download(hub_id, CONFIG_FILE, cache_dir, MAX_CONFIG_BYTES)
+        _check_config(config, hub_id.partition('@')[0].rpartition('/')[2])
+    elif not timm.is_model_pretrained(name):
         choices = [
             *(folder.name for folder in hub_folders()),
             f'a folder with {CONFIG_FILE}',
@@ -54,7 +62,19 @@ def load_model(name: str) -> nn.Module:
             'any pretrained model of timm',
         ]
         raise TimmHamError(f'no weights for {name!r}: choose from {", ".join(choices)}')
-    return timm.create_model(name, pretrained=True)
+    try:
+        return timm.create_model(name, pretrained=True, cache_dir=cache_dir)
+    except (RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().split('\n')
+        raise TimmHamError(f'{name} can not be loaded: {" ".join(reason[:2])}') from error
+
+
+def _check_config(config: Path, name: str) -> None:
+    """timm believes whatever config it is given: hold it against limits, the registry and the weights' name first."""
+    architecture = read_config(config)['architecture']
+    if not timm.is_model(architecture):
+        raise TimmHamError(f'{config} is of {architecture!r}, which neither timm nor timm_ham has')
+    check_architecture(architecture, name)
 
 
 def load_classifier(name: str) -> Classifier:

@@ -1,6 +1,5 @@
 """The registered models, `<architecture>_<attention>`: two tables and the loop that registers their product in timm."""
 
-from pathlib import Path
 from typing import Any, Callable, Dict
 
 from timm.models import (
@@ -8,15 +7,15 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from timm.models.resnet import Bottleneck
 from torch import nn
 
 from timm_ham.layers import ABLATIONS, AFTER_STAGES, ATTENTIONS
+from timm_ham.models.hub import with_checked_weights
 from timm_ham.models.network import ResidualNetwork
 from timm_ham.models.preact import PreActBlock
-from timm_ham.models.weights import bundled_cfgs, check_weights
+from timm_ham.models.weights import bundled_cfgs
 
 __all__ = ['ARCHITECTURES', 'MODELS']
 
@@ -92,9 +91,7 @@ default_cfgs = generate_default_cfgs(_all_cfgs())
 
 def _build(name: str, pretrained: bool, **kwargs) -> nn.Module:
     if pretrained:
-        cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        if cfg.file:
-            check_weights(Path(cfg.file))
+        kwargs = with_checked_weights(name, kwargs)
     table = MODELS[name]
     if 'block_args' in table:  # the caller's are added to them
         kwargs['block_args'] = {**table['block_args'], **kwargs.get('block_args', {})}
