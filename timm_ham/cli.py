@@ -15,6 +15,7 @@ import tyro
 from timm_ham import ARCHITECTURES, ATTENTIONS, autoload
 from timm_ham.errors import TimmHamError
 from timm_ham.inspection.benchmark import Settings
+from timm_ham.models.weights import NAMESPACE
 from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
 
 __all__ = ['main']
@@ -90,24 +91,13 @@ def evaluate_command(
         image_column: Column of the images; found by its type if not given.
         label_column: Column of the labels; found by its type if not given.
     """
-    from accelerate import Accelerator
+    from accelerate import PartialState
 
     from timm_ham.models.loading import load_model
-    from timm_ham.training.data import open_dataset
-    from timm_ham.training.evaluate import evaluate_split
+    from timm_ham.training.evaluate import measure
 
-    network = load_model(model)
-    data = open_dataset(dataset, image_column, label_column)
-    if network.num_classes != len(data.label_names):
-        raise TimmHamError(
-            f'{model} has {network.num_classes} classes, but {dataset} has {len(data.label_names)}: '
-            'choose the dataset that it was trained on'
-        )
-    accelerator = Accelerator()
-    cfg, images = network.pretrained_cfg, data.decode(split).to(accelerator.device)
-    network = network.to(accelerator.device)
-    metrics = evaluate_split(network, images, cfg['mean'], cfg['std'], accelerator, batch_size)
-    accelerator.print(
+    metrics = measure(load_model(model), dataset, split, batch_size, image_column, label_column)
+    PartialState().print(
         f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images'
     )
 
@@ -131,6 +121,107 @@ def export_command(
     from timm_ham.training.run import Run
 
     print(f'exported to {export(Run(run), hub, tag, overwrite)}/')
+
+
+def weights_command(markdown: bool = False) -> None:
+    """List the weights under hub/, from the records of their runs.
+
+    Args:
+        markdown: Print Markdown.
+    """
+    from timm_ham.publishing.card import weights_table
+
+    print(weights_table(markdown))
+
+
+def predict_command(
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='IMAGE')],
+    /,
+    model: str = 'resnet20_ham',
+    top: int = 5,
+) -> None:
+    """Classify an image.
+
+    Args:
+        image: Image file.
+        model: Name of pretrained weights, such as resnet20_ham.cifar10, a folder with config.json, or
+            hf-hub:<owner>/<name>.
+        top: How many classes to show.
+    """
+    from timm_ham.inspection.predict import open_image, predict
+    from timm_ham.models.loading import load_classifier
+
+    for name, probability in predict(load_classifier(model), open_image(image), top):
+        # A name may come from anywhere: no control characters for the terminal.
+        print(f'{probability:8.2%}  {"".join(c if c.isprintable() else "?" for c in name)}')
+
+
+def export_onnx_command(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='MODEL')],
+    /,
+    output: Optional[Path] = None,
+) -> None:
+    """Write a model with its weights as an ONNX file, and check it in onnxruntime.
+
+    Args:
+        model: Name of pretrained weights, such as resnet20_ham.cifar10, a folder with config.json, or
+            hf-hub:<owner>/<name>.
+        output: File to write; called after the model if not given.
+    """
+    from timm_ham.models.loading import load_model
+    from timm_ham.publishing.onnx import export_onnx
+
+    file = output or Path(f'{Path(model).name}.onnx')
+    error = export_onnx(load_model(model), file)
+    print(f"{file}: onnxruntime's logits differ from torch's by {error:.1e} at most")
+
+
+def publish_command(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='FOLDER')],
+    /,
+    namespace: str = NAMESPACE,
+    yes: bool = False,
+    private: bool = False,
+    revision: Optional[str] = None,
+    pr: bool = False,
+) -> None:
+    """Check a folder of weights and show what would go to the Hub; with --yes upload it, tag it, and read it back.
+
+    Args:
+        folder: hub/<model>.<tag>, as timm-ham export leaves it.
+        namespace: User or organization on the Hub.
+        yes: Upload; without, nothing is sent anywhere.
+        private: Make the repository private if it is a new one.
+        revision: Branch to upload to, made if it is not there; main, and the tag of this version on it, if not given.
+        pr: Open a pull request instead, on a repository that is there.
+    """
+    from timm_ham.publishing.publish import Upload
+
+    upload = Upload(folder, namespace, private, revision, pr)
+    print(upload.describe())
+    if yes:
+        print(f'published: {upload.publish()}')
+    else:
+        print('nothing was uploaded: do so by --yes')
+
+
+def verify_command(
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='WEIGHTS')], /, dataset: Optional[str] = None
+) -> None:
+    """Hold weights against what they say of themselves: files, hash, config, golden logits, card, accuracy.
+
+    Args:
+        weights: Name under hub/, such as resnet20_ham.cifar10, a folder, or hf-hub:<owner>/<name>.
+        dataset: Measure the accuracy on its test split: as for timm-ham evaluate.
+    """
+    from timm_ham.publishing.verify import find_folder, verify
+
+    failed = 0
+    for check in verify(find_folder(weights), dataset):
+        print(f'{"ok" if check.passed else "FAILED":8}{check.title:16}{check.found}')
+        failed += not check.passed
+    if failed:
+        raise TimmHamError(f'{weights}: {failed} of the checks failed')
 
 
 def list_command(pattern: Annotated[str, tyro.conf.Positional] = '*', /) -> None:
@@ -214,6 +305,11 @@ def commands(recipe_name: str) -> Dict[str, Callable[..., None]]:
         'train': train_command(recipe_name),
         'evaluate': evaluate_command,
         'export': export_command,
+        'export-onnx': export_onnx_command,
+        'predict': predict_command,
+        'publish': publish_command,
+        'verify': verify_command,
+        'weights': weights_command,
         'list': list_command,
         'complexity': complexity_command,
         'bench': bench_command,

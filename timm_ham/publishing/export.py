@@ -17,7 +17,8 @@ from torch import nn
 from timm_ham.errors import TimmHamError
 from timm_ham.models.loading import load_model
 from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, WEIGHTS_FILE
-from timm_ham.publishing.card import model_card
+from timm_ham.publishing.card import CARD_FILE, GRADCAM_FILE, folder_card
+from timm_ham.publishing.golden import golden_logits, write_golden
 from timm_ham.training.run import Run
 from timm_ham.training.trainer import build_model
 
@@ -60,7 +61,10 @@ def export(run: Run, parent: Path, tag: Optional[str] = None, overwrite: bool = 
         (part / 'run.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
         shutil.copy(run.metrics_file, part)
         shutil.copy(run.curves_file, part)
-        model_card(folder.name, record, run.metrics()).save(part / 'README.md')
+        if (run.folder / GRADCAM_FILE).is_file():
+            shutil.copy(run.folder / GRADCAM_FILE, part)
+        folder_card(part).save(part / CARD_FILE)
+        write_golden(model, part)
         _check_reload(model, part)
         if folder.exists():
             shutil.rmtree(folder)
@@ -100,8 +104,6 @@ def _write_weights(model: nn.Module, folder: Path) -> None:
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
-@torch.inference_mode()
 def _check_reload(model: nn.Module, folder: Path) -> None:
-    images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    if not torch.equal(load_model(str(folder)).eval()(images), model(images)):
+    if not torch.equal(golden_logits(load_model(str(folder)).eval()), golden_logits(model)):
         raise RuntimeError(f'{folder / WEIGHTS_FILE} does not give back the logits it was written from')

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from timm_ham.errors import TimmHamError
 
-__all__ = ['DATASETS', 'DataInfo', 'OpenDataset', 'Split', 'load_splits', 'open_dataset']
+__all__ = ['DATASETS', 'FROM_HUB', 'DataInfo', 'OpenDataset', 'Split', 'load_splits', 'open_dataset']
 
 # What the two parts of a dataset are called, the best name first.
 SPLIT_NAMES = {'train': ('train',), 'test': ('test', 'validation', 'val', 'valid')}
@@ -76,6 +76,8 @@ def _digits() -> datasets.DatasetDict:
     return table.train_test_split(test_size=0.2, stratify_by_column='label', seed=SPLIT_SEED)
 
 
+FROM_HUB = ' on the Hugging Face Hub'  # DataInfo.source after the id of a dataset from there
+
 # Short names: a Hub id, or a function that makes the dataset.
 DATASETS = {'digits': _digits, 'cifar10': 'uoft-cs/cifar10', 'cifar100': 'uoft-cs/cifar100'}
 
@@ -92,7 +94,7 @@ def _open_splits(name: str) -> Tuple[str, str, datasets.DatasetDict]:
             '(owner/name), or a local folder of parquet files'
         )
     try:
-        where = 'a local folder' if Path(source).is_dir() else f'{source} on the Hugging Face Hub'
+        where = 'a local folder' if Path(source).is_dir() else f'{source}{FROM_HUB}'
         return short, where, datasets.load_dataset(source)
     except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split('\n')[0]

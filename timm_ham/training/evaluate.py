@@ -1,17 +1,18 @@
 """Model and batches to metrics."""
 
 from dataclasses import dataclass
-from typing import Iterable, Tuple
+from typing import Iterable, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
+from timm_ham.errors import TimmHamError
 from timm_ham.training.batches import eval_batches
-from timm_ham.training.data import Split
+from timm_ham.training.data import Split, open_dataset
 
-__all__ = ['Metrics', 'evaluate', 'evaluate_split']
+__all__ = ['Metrics', 'evaluate', 'evaluate_split', 'measure']
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,36 @@ def evaluate_split(
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     return evaluate(model, eval_batches(split, mean, std, batch_size, rank, processes), accelerator)
+
+
+def measure(
+    model: nn.Module,
+    dataset: str,
+    split: str = 'test',
+    batch_size: int = 500,
+    image_column: Optional[str] = None,
+    label_column: Optional[str] = None,
+) -> Metrics:
+    """`evaluate_split` of pretrained weights on a dataset by name, in float32, on the device that accelerate chooses.
+
+    Args:
+        model: With a `pretrained_cfg`, as timm makes it; it is moved to the device.
+        dataset: As for `open_dataset`, and so are the columns.
+        split: 'test' or 'train'.
+        batch_size: Images in a batch of one process.
+        image_column: Found by its type if None.
+        label_column: Likewise.
+
+    Raises:
+        TimmHamError: If the dataset can't be had or has another number of classes.
+    """
+    data = open_dataset(dataset, image_column, label_column)
+    if model.num_classes != len(data.label_names):
+        raise TimmHamError(
+            f'the model has {model.num_classes} classes, but {dataset} has {len(data.label_names)}: '
+            'choose the dataset that it was trained on'
+        )
+    accelerator = Accelerator()
+    images = data.decode(split).to(accelerator.device)
+    cfg = model.pretrained_cfg
+    return evaluate_split(model.to(accelerator.device), images, cfg['mean'], cfg['std'], accelerator, batch_size)

@@ -1,0 +1,39 @@
+"""What a model sees in an image."""
+
+from pathlib import Path
+from typing import List, Tuple
+
+import torch
+from PIL import Image
+
+from timm_ham.errors import TimmHamError
+from timm_ham.models.loading import Classifier
+
+__all__ = ['open_image', 'predict']
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        TimmHamError: If it can't be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert('RGB')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise TimmHamError(f'{path} can not be read as an image ({error}): give a PNG, a JPEG or the like') from error
+
+
+@torch.inference_mode()
+def predict(classifier: Classifier, image: Image.Image, top: int = 5) -> List[Tuple[str, float]]:
+    """The classes of the largest logits, best first, each with its softmax probability.
+
+    Args:
+        classifier: The model.
+        image: In RGB, of any size.
+        top: How many classes, at most.
+    """
+    (probabilities,) = classifier.model(classifier.transform(image)[None]).softmax(1)
+    values, indices = probabilities.topk(min(top, len(probabilities)))
+    return [(classifier.label_names[index], value) for index, value in zip(indices.tolist(), values.tolist())]
