@@ -4,8 +4,6 @@ import base64
 import hashlib
 import json
 import re
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +19,14 @@ LFS_SUFFIXES = ('.safetensors', '.bin', '.png', '.parquet')
 
 def git_oid(content):
     return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+
+def described(path, content):
+    """A file as the listings show it."""
+    entry = {'type': 'file', 'size': len(content), 'oid': git_oid(content)}
+    if path.endswith(LFS_SUFFIXES):
+        entry['lfs'] = {'oid': hashlib.sha256(content).hexdigest(), 'size': len(content), 'pointerSize': 130}
+    return entry
 
 
 class Repo:
@@ -220,29 +226,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, kind, id, revision, path=''):
         repo, commit = self.commit_of(kind, id, revision)
-        if commit is not None:
-            files = repo.commits[commit].items()
-            self.answer(
-                [
-                    {'type': 'file', 'path': name, 'size': len(content), 'oid': git_oid(content)}
-                    | (
-                        {'lfs': {'oid': hashlib.sha256(content).hexdigest(), 'size': len(content), 'pointerSize': 130}}
-                        if name.endswith(LFS_SUFFIXES)
-                        else {}
-                    )
-                    for name, content in files
-                    if name.startswith(path)
-                ]
-            )
+        if commit is None:
+            return None
+        entries, folder = {}, f'{path}/' if path else ''
+        for name, content in repo.commits[commit].items():
+            if not name.startswith(folder):
+                continue
+            inside, below, _ = name.removeprefix(folder).partition('/')
+            if below:
+                entries[folder + inside] = {'type': 'directory', 'oid': commit}
+            if not below or self.query.get('recursive', [''])[0].lower() in ('1', 'true'):
+                entries[name] = described(name, content)
+        return self.answer([{'path': name, **entry} for name, entry in entries.items()])
 
     def paths_info(self, kind, id, revision):
         repo, commit = self.commit_of(kind, id, revision)
         if commit is not None:
             paths = parse_qs(self.body.decode()).get('paths') or json.loads(self.body)['paths']
             found = {path: repo.commits[commit][path] for path in paths if path in repo.commits[commit]}
-            self.answer(
-                [{'type': 'file', 'path': path, 'size': len(c), 'oid': git_oid(c)} for path, c in found.items()]
-            )
+            self.answer([{'path': path, **described(path, content)} for path, content in found.items()])
 
     def refs(self, kind, id):
         repo = self.repo(kind, id)
@@ -322,15 +324,3 @@ def running_hub():
         hub.shutdown()
         hub.server_close()
         thread.join()
-
-
-def run_client(url, home, *words, token=None, check=False, **environment):
-    """Run Python with these words and the Hub at that address; what it downloads goes under `home`."""
-    import os
-
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
-    client = {'HF_ENDPOINT': url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
-    client.update({'HF_TOKEN': token} if token else {}, **environment)
-    return subprocess.run(
-        [sys.executable, *map(str, words)], env={**kept, **client}, capture_output=True, text=True, check=check
-    )

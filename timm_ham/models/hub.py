@@ -39,8 +39,9 @@ def hub_errors(where: str) -> Iterator[None]:
         yield
     except TimmHamError:
         raise
-    except (HTTPError, OSError, ValueError) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # a RuntimeError is what a failed upload ends in
+        told = error.__cause__ if isinstance(error, RuntimeError) else error
+        status = told.response.status_code if isinstance(told, HfHubHTTPError) else None
         advice = ADVICE.get(status) or ' '.join(str(error).split())
         raise TimmHamError(f'{where}: {advice}') from error
 
