@@ -96,7 +96,8 @@ def _open_splits(name: str) -> Tuple[str, str, datasets.DatasetDict]:
     try:
         where = 'a local folder' if Path(source).is_dir() else f'{source}{FROM_HUB}'
         return short, where, datasets.load_dataset(source)
-    except (FileNotFoundError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+    # A RuntimeError is what datasets has for a script beside the files: it runs none.
+    except (FileNotFoundError, ValueError, RuntimeError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split('\n')[0]
         raise TimmHamError(
             f'dataset {name!r} could not be opened ({reason}): check the name, the network and the files, or give '

@@ -60,8 +60,11 @@ def build_model(recipe: Recipe, data: DataInfo) -> nn.Module:
     """The recipe's model, untrained, with a class for each of the dataset's.
 
     Raises:
-        TimmHamError: If the model does not take the recipe's model_args.
+        TimmHamError: If there is no such model, or it does not take the recipe's model_args.
     """
+    check_model_name(recipe.model)
+    if 'checkpoint_path' in recipe.model_args:  # which timm would read as a pickle
+        raise TimmHamError('model_args takes no checkpoint_path: only safetensors weights are loaded')
     try:
         return timm.create_model(recipe.model, num_classes=len(data.label_names), **recipe.model_args)
     except (TypeError, ValueError) as error:
