@@ -67,8 +67,9 @@ def run_model(run):
 
 def test_folder_holds_what_the_hub_holds(finished, folder):
     assert folder.name == 'resnet20_ham.pets'
+    record = {'run.json', 'metrics.jsonl', 'curves.png'}
     names = {path.name for path in folder.iterdir()}
-    assert names == {'README.md', 'config.json', 'model.safetensors', 'run.json', 'metrics.jsonl', 'curves.png'}
+    assert names == {'README.md', 'config.json', 'model.safetensors', 'golden.json'} | record
     config = json.loads((folder / 'config.json').read_text())
     assert config['architecture'] == 'resnet20_ham' and config['num_classes'] == 2
     assert config['label_names'] == ['cat', 'dog']
@@ -175,13 +176,6 @@ def test_damaged_weights_are_refused_by_name(folder, registered, damage):
     timm.create_model(f'local-dir:{folder}')  # without weights it is still a description of a model
 
 
-def test_only_safetensors_are_loaded(finished, folder):
-    torch.save(run_model(finished).state_dict(), folder / 'pytorch_model.bin')
-    (folder / 'model.safetensors').unlink()
-    with pytest.raises(TimmHamError, match=r'model.safetensors is missing: only safetensors weights are loaded'):
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
-
-
 def test_weights_without_a_hash_pass(folder):
     """A folder that timm wrote names no hash, and a file of one's own has no config beside it."""
     config = json.loads((folder / 'config.json').read_text())
@@ -212,13 +206,35 @@ def test_export_refuses(finished, folder, tmp_path):
 def test_card_says_what_the_record_says(finished, folder):
     card = ModelCard.load(folder / 'README.md')
     results = finished.record()['results']
-    (result,) = card.data.eval_results
-    assert result.metric_value == round(100 * results['test']['accuracy'], 2)
+    accuracy, loss = card.data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value) == ('accuracy', round(100 * results['test']['accuracy'], 2))
+    assert (loss.metric_type, loss.metric_value) == ('loss', round(results['test']['loss'], 4))
     assert (card.data.library_name, card.data.license) == ('timm', 'apache-2.0')
+    assert card.data.datasets is None  # of a local folder there is no id
     for text in (f'{results["test"]["accuracy"]:.2%}'[:4], '270,147', '12x8', 'cat, dog', '--epochs 1', '--seed 5'):
         assert text in card.text, text
     assert 'None' not in card.text and '{{' not in card.text
-    assert 'import timm, timm_ham' in card.text
+    assert card.text.partition('```python\n')[2].startswith('import timm_ham')
+    assert 'gradcam' not in card.text
+
+
+def test_card_has_the_hub_id_of_the_dataset_and_the_picture_of_gradcam(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / 'run')
+    run = Run(tmp_path / 'run')
+    run.note(data={**run.record()['data'], 'source': 'ann/pets on the Hugging Face Hub'})
+    (run.folder / 'gradcam.png').write_bytes(b'a picture')
+    folder = export(run, tmp_path / 'hub')
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.datasets == ['ann/pets'] and card.data.eval_results[0].dataset_type == 'ann/pets'
+    assert '](gradcam.png)' in card.text and (folder / 'gradcam.png').read_bytes() == b'a picture'
+
+
+def test_export_of_an_exported_folder_writes_it_again(folder):
+    """The record is all that a folder is made from: what a newer version adds to it comes that way."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / 'golden.json').unlink()
+    assert export(Run(folder), folder.parent, overwrite=True) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_command_line_is_read_back(monkeypatch):

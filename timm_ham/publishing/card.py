@@ -150,7 +150,7 @@ def weights_table(markdown: bool = False) -> str:
         rows.append(
             (
                 f'`{folder.name}`' if markdown else folder.name,
-                data['name'],
+                _plain(data['name']),
                 f'{data["sizes"]["train"]:,}',
                 f'{results["test"]["images"]:,}',
                 f'{100 * results["test"]["accuracy"]:.2f} %',
@@ -176,7 +176,7 @@ def weights_table(markdown: bool = False) -> str:
         'time',
     )
     return tabulate(
-        _plain(rows) if markdown else rows,
+        rows,
         headers,
         tablefmt='github' if markdown else 'simple',
         disable_numparse=True,
