@@ -1,6 +1,7 @@
 """What several test files need: real and made-up data, a clean accelerate for each test."""
 
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+
+from .hub_client import Client
+from .hub_server import running_hub
 
 if not torch.cuda.is_available():
     # Triton reads it where it is imported first: without a GPU its interpreter runs the kernels.
@@ -66,3 +70,25 @@ def tiny_folder(tmp_path):
         return make_dataset([Image.fromarray(p + np.uint8(128 * y)) for p, y in zip(pixels, labels)], labels)
 
     return save_parquet(tmp_path / 'tiny', train=split(192, 0), test=split(16, 1))
+
+
+@pytest.fixture(scope='session')
+def online(tmp_path_factory):
+    """A Hub, a client of it, and the client's cache."""
+    home = tmp_path_factory.mktemp('home')
+    with running_hub() as hub, Client(hub.url, home) as client:
+        yield hub, client, home
+
+
+@pytest.fixture
+def hub(online):
+    online[0].repos.clear()
+    online[0].requests.clear()
+    online[0].failing.clear()
+    shutil.rmtree(online[2] / 'hub', ignore_errors=True)
+    return online[0]
+
+
+@pytest.fixture
+def client(online):
+    return online[1]

@@ -77,8 +77,11 @@ def open_dataset(name):
     return data.source, data.label_names, tuple(images.shape)
 
 
-def registered(folders, namespace):
-    """Register these folders alone, as of this namespace; the Hub id in timm's cfg, and the names with weights."""
+def registered(folders=None, namespace=None):
+    """Register these folders alone, as of this namespace; the Hub id in timm's cfg, and the names with weights.
+
+    Without arguments all is as it was.
+    """
     import importlib
     import warnings
 
@@ -86,7 +89,9 @@ def registered(folders, namespace):
 
     from timm_ham.models import weights, zoo
 
-    weights.hub_folders, weights.NAMESPACE = lambda: iter(folders), namespace
+    importlib.reload(weights)
+    if folders is not None:
+        weights.hub_folders, weights.NAMESPACE = lambda: iter(folders), namespace
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         importlib.reload(zoo)

@@ -12,34 +12,12 @@ from timm_ham.publishing.golden import golden_logits
 from . import hub_client
 from .conftest import make_dataset, random_images, save_parquet
 from .hub_client import Client
-from .hub_server import TOKENS, running_hub
+from .hub_server import TOKENS
 
 NAME = 'resnet20_ham.cifar10'
 BUNDLED = next(folder for folder in hub_folders() if folder.name == NAME)
 UPLOADED = {'README.md', 'config.json', 'model.safetensors', 'golden.json', 'run.json', 'metrics.jsonl', 'curves.png'}
 WRITER = 'hf_writer'
-
-
-@pytest.fixture(scope='module')
-def online(tmp_path_factory):
-    """A Hub, a client of it, and the client's cache."""
-    home = tmp_path_factory.mktemp('home')
-    with running_hub() as hub, Client(hub.url, home) as client:
-        yield hub, client, home
-
-
-@pytest.fixture
-def hub(online):
-    online[0].repos.clear()
-    online[0].requests.clear()
-    online[0].failing.clear()
-    shutil.rmtree(online[2] / 'hub', ignore_errors=True)
-    return online[0]
-
-
-@pytest.fixture
-def client(online):
-    return online[1]
 
 
 @pytest.fixture(scope='module')
@@ -63,7 +41,7 @@ def published(hub, folder):
     return hub.add(f'org/{NAME}', {path.name: path.read_bytes() for path in folder.iterdir()})
 
 
-def test_publish_shows_and_then_uploads_in_one_commit(hub, client, folder):
+def test_publish_shows_and_then_uploads_in_one_commit(hub, client, folder, online):
     (folder / 'notes.txt').write_text('mine')
     status, said = client.cli('publish', folder, '--namespace', 'org')
     assert status == 0 and 'nothing was uploaded: do so by --yes' in said and not hub.requests
@@ -80,6 +58,9 @@ def test_publish_shows_and_then_uploads_in_one_commit(hub, client, folder):
     card = repo.files()['README.md'].decode()
     assert f"timm.create_model('hf-hub:org/{NAME}', pretrained=True)" in card
     assert hub.sent('GET', 'resolve/.*/model.safetensors')  # it was read back
+    assert WRITER not in said
+    for path in [*folder.rglob('*'), *online[2].rglob('*')]:
+        assert path.is_dir() or WRITER.encode() not in path.read_bytes(), path
     assert not (folder / 'published.json').exists()  # a fork's commit is not what the package's own names stand for
 
 
@@ -192,20 +173,32 @@ def test_a_swapped_file_on_the_hub(hub, client, published):
         client(hub_client.golden, f'hf-hub:org/{NAME}')
 
 
-def test_weights_left_out_of_the_wheel(hub, client, offline, published, folder, wanted):
+@pytest.fixture
+def register(client, offline):
+    """Registers a folder alone, in both processes, while a test runs."""
+
+    def register(folder):
+        offline(hub_client.registered, [folder], 'org')
+        return client(hub_client.registered, [folder], 'org')
+
+    yield register
+    for process in (client, offline):
+        process(hub_client.registered)
+
+
+def test_weights_left_out_of_the_wheel(client, offline, register, published, folder, wanted):
     """Without its weights a folder stands for the commit it was published as, and only for the very same weights."""
     (folder / 'model.safetensors').unlink()
-    assert client(hub_client.registered, [folder], 'org') == (None, [])
-    (folder / 'published.json').write_text(f'{{"revision": "{published.branches["main"]}"}}')
-    hub_id, pretrained = client(hub_client.registered, [folder], 'org')
-    assert hub_id == f'org/{NAME}@{published.branches["main"]}' and pretrained == [NAME]
+    assert register(folder) == (None, [])
+    commit = published.branches['main']
+    (folder / 'published.json').write_text(f'{{"revision": "{commit}"}}')
+    assert register(folder) == (f'org/{NAME}@{commit}', [NAME])
     for process in (client, offline):
-        process(hub_client.registered, [folder], 'org')
         assert process(hub_client.golden, 'resnet20_ham')[0] == wanted
     # Another config and other weights in the repository agree with each other, but not with the package.
     config = (folder / 'config.json').read_text()
     (folder / 'config.json').write_text(config.replace('f190d2b9', '00000000'))
-    client(hub_client.registered, [folder], 'org')
+    register(folder)
     with pytest.raises(TimmHamError, match='SHA-256 differs'):
         client(hub_client.golden, 'resnet20_ham')
 

@@ -25,8 +25,6 @@ from timm_ham.training.trainer import build_model
 
 from . import hub_client
 from .conftest import make_dataset, random_images, save_parquet
-from .hub_client import Client
-from .hub_server import running_hub
 
 BUNDLED = next(folder for folder in hub_folders() if folder.name == 'resnet20_ham.cifar10')
 
@@ -172,44 +170,43 @@ def test_weights_of_another_architecture(folder, config):
         load_model(str(folder))
 
 
-def test_the_hub_and_the_cache(folder, config, tmp_path, wanted):
+def test_the_hub_and_the_cache(online, hub, client, folder, config, wanted):
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     pickle = plant_pickle(folder).read_bytes()
     config(_hf_hub_filename='pytorch_model.bin', _custom_load='hf')
     planted = {**files, 'pytorch_model.bin': pickle, 'config.json': (folder / 'config.json').read_bytes()}
     alone = {name: content for name, content in planted.items() if name != 'model.safetensors'}
-    home, name = tmp_path / 'home', BUNDLED.name
-    with running_hub() as hub, Client(hub.url, home) as client:
-        hub.add(f'planted/{name}', planted)
-        assert client(hub_client.golden, f'hf-hub:planted/{name}')[0] == wanted.tolist()
-        status, said = client.cli('verify', f'hf-hub:planted/{name}')
-        assert status == 1 and 'holds pytorch_model.bin: remove it' in said
+    home, name = online[2], BUNDLED.name
+    hub.add(f'planted/{name}', planted)
+    assert client(hub_client.golden, f'hf-hub:planted/{name}')[0] == wanted.tolist()
+    status, said = client.cli('verify', f'hf-hub:planted/{name}')
+    assert status == 1 and 'holds pytorch_model.bin: remove it' in said
 
-        hub.add(f'alone/{name}', alone)
-        with pytest.raises(TimmHamError, match='only safetensors weights are loaded'):
-            client(hub_client.golden, f'hf-hub:alone/{name}')
-        # In the cache too: here beside the config of that repository, as an older client may have left it.
-        (config_file,) = (home / 'hub').glob('models--alone--*/snapshots/*/config.json')
-        (config_file.parent / 'pytorch_model.bin').write_bytes(pickle)
-        with pytest.raises(TimmHamError, match='only safetensors weights are loaded'):
-            client(hub_client.golden, f'hf-hub:alone/{name}')
-        assert not hub.sent('GET', 'pytorch_model.bin') and not hub.sent('HEAD', 'pytorch_model.bin')
+    hub.add(f'alone/{name}', alone)
+    with pytest.raises(TimmHamError, match='only safetensors weights are loaded'):
+        client(hub_client.golden, f'hf-hub:alone/{name}')
+    # In the cache too: here beside the config of that repository, as an older client may have left it.
+    (config_file,) = (home / 'hub').glob('models--alone--*/snapshots/*/config.json')
+    (config_file.parent / 'pytorch_model.bin').write_bytes(pickle)
+    with pytest.raises(TimmHamError, match='only safetensors weights are loaded'):
+        client(hub_client.golden, f'hf-hub:alone/{name}')
+    assert not hub.sent('GET', 'pytorch_model.bin') and not hub.sent('HEAD', 'pytorch_model.bin')
 
-        hub.add('other/resnet20_ham.x', {**files, 'config.json': files['config.json'].replace(b'20_ham', b'18_ham')})
-        with pytest.raises(TimmHamError, match="holds weights of 'resnet18_ham', not of resnet20_ham"):
-            client(hub_client.golden, 'hf-hub:other/resnet20_ham.x')
-        hub.add('huge/x', {'config.json': b' ' * 10_000_001})
-        status, said = client.cli('evaluate', 'hf-hub:huge/x')
-        assert status == 1 and 'has 10,000,001 bytes: it is not what its name says' in said
-        assert not hub.sent('GET', 'huge/x/resolve')
+    hub.add('other/resnet20_ham.x', {**files, 'config.json': files['config.json'].replace(b'20_ham', b'18_ham')})
+    with pytest.raises(TimmHamError, match="holds weights of 'resnet18_ham', not of resnet20_ham"):
+        client(hub_client.golden, 'hf-hub:other/resnet20_ham.x')
+    hub.add('huge/x', {'config.json': b' ' * 10_000_001})
+    status, said = client.cli('evaluate', 'hf-hub:huge/x')
+    assert status == 1 and 'has 10,000,001 bytes: it is not what its name says' in said
+    assert not hub.sent('GET', 'huge/x/resolve')
 
-        outside = {f'{"../" * depth}evil.json': b'{}' for depth in range(1, 9)}
-        hub.add(f'paths/{name}', {**files, **outside, 'hubconf.py': b'raise SystemExit("code is run")'})
-        assert client.cli('verify', f'hf-hub:paths/{name}')[0] == 0
-        assert not [path for path in tmp_path.rglob('*') if path.name in ('evil.json', 'hubconf.py')]
-        for bad in ('hf-hub:../../x', 'hf-hub:a/../b', 'hf-hub:a/b@../../../x', 'hf-hub:/etc'):
-            status, said = client.cli('evaluate', bad)
-            assert status == 1 and said.startswith(f'timm-ham: {bad}'), said
+    outside = {f'{"../" * depth}evil.json': b'{}' for depth in range(1, 9)}
+    hub.add(f'paths/{name}', {**files, **outside, 'hubconf.py': b'raise SystemExit("code is run")'})
+    assert client.cli('verify', f'hf-hub:paths/{name}')[0] == 0
+    assert not [path for path in home.parent.rglob('*') if path.name in ('evil.json', 'hubconf.py')]
+    for bad in ('hf-hub:../../x', 'hf-hub:a/../b', 'hf-hub:a/b@../../../x', 'hf-hub:/etc'):
+        status, said = client.cli('evaluate', bad)
+        assert status == 1 and said.startswith(f'timm-ham: {bad}'), said
 
 
 def test_no_code_of_a_dataset_is_run(tmp_path):
