@@ -82,9 +82,8 @@ def online(tmp_path_factory):
 
 @pytest.fixture
 def hub(online):
-    online[0].repos.clear()
-    online[0].requests.clear()
-    online[0].failing.clear()
+    for state in (online[0].repos, online[0].requests, online[0].failing, online[0].swapped):
+        state.clear()
     shutil.rmtree(online[2] / 'hub', ignore_errors=True)
     return online[0]
 

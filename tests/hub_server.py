@@ -54,14 +54,21 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server: `repos` by kind and id, the LFS objects, each request that came, and what to answer with an error."""
+    """The server.
+
+    repos: By kind and id.
+    lfs: Contents by SHA-256.
+    requests: Method, path and authorization of each that came.
+    failing: Patterns of the requests to answer with an error.
+    swapped: Contents to give instead of those of a path.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}'
-        self.repos, self.lfs, self.requests, self.failing = {}, {}, [], set()
+        self.repos, self.lfs, self.requests, self.failing, self.swapped = {}, {}, [], set(), {}
 
     def add(self, repo_id, files, kind='models'):
         """Put a repository there, with files as path to content."""
@@ -276,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         repo, commit = self.commit_of((kind or '').rstrip('/'), id, revision)
         if commit is None:
             return None
-        content = repo.commits[commit].get(path)
+        content = self.server.swapped.get(path, repo.commits[commit].get(path))
         headers = {'X-Repo-Commit': commit}
         if content is None:
             return self.answer({}, 404, {**headers, 'X-Error-Code': 'EntryNotFound'})

@@ -1,8 +1,10 @@
 """Publishing and downloading, by the real clients over HTTP: against a small Hub here, and one that others wrote."""
 
+import hashlib
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save
 
 from timm_ham import TimmHamError, __version__
 from timm_ham.models.loading import load_model
@@ -92,6 +94,18 @@ def test_other_weights_do_not_take_the_tag(hub, client, folder):
     (folder / 'metrics.jsonl').write_text(metrics + metrics.splitlines()[-1] + '\n')
     status, said = client.cli(*words, token=WRITER)
     assert status == 1 and f'has a tag v{__version__} already, on other files' in said
+
+
+def test_what_comes_back_is_compared(hub, client, folder):
+    """A copy that is whole by its own hash but not the one that was sent."""
+    state = load_file(folder / 'model.safetensors')
+    state['head.fc.bias'] += 1e-6
+    content = save(state)
+    digests = [hashlib.sha256(c).hexdigest() for c in ((folder / 'model.safetensors').read_bytes(), content)]
+    config = (folder / 'config.json').read_text().replace(*digests).encode()
+    hub.swapped.update({'model.safetensors': content, 'config.json': config})
+    status, said = client.cli('publish', folder, '--namespace', 'org', '--yes', token=WRITER)
+    assert status == 1 and 'gives other logits than' in said and 'published' not in said
 
 
 def test_branches_and_pull_requests(hub, client, folder):

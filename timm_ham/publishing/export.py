@@ -102,7 +102,7 @@ def _write_weights(model: nn.Module, folder: Path) -> None:
     save_for_hf(model, folder, model_config={'label_names': labels, HASH_KEY: digest}, safe_serialization=True)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
     # It stands at the root too, where timm and transformers look; transformers stumbles over a second one.
-    del config['model_args']['num_classes']
+    config['model_args'].pop('num_classes', None)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     # safetensors makes a file that its owner alone can read: of no use in a shared environment.
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
