@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from timm_ham import cli
-from timm_ham.inspection.predict import open_image, predict
+from timm_ham.inspection.images import open_image
+from timm_ham.inspection.predict import predict
 from timm_ham.models import loading
 from timm_ham.models.loading import load_classifier
 from timm_ham.models.weights import hub_folders
@@ -40,8 +41,8 @@ def test_command(photo, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].split()[1] == 'frog' and lines[0].split()[0].endswith('%')
     for words, message in (
-        ([str(FOLDER / 'run.json')], 'run.json can not be read as an image'),
-        (['nowhere.png'], 'nowhere.png can not be read as an image'),
+        ([str(FOLDER / 'run.json')], 'run.json is no image that Pillow reads'),
+        (['nowhere.png'], 'there is no file nowhere.png'),
         ([str(photo), '--model', 'resnet20_plain'], "no weights for 'resnet20_plain': choose from"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -93,10 +93,9 @@ def evaluate_command(
     """
     from accelerate import PartialState
 
-    from timm_ham.models.loading import load_model
     from timm_ham.training.evaluate import measure
 
-    metrics = measure(load_model(model), dataset, split, batch_size, image_column, label_column)
+    metrics = measure(model, dataset, split, batch_size, image_column, label_column)
     PartialState().print(
         f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images'
     )
@@ -148,7 +147,8 @@ def predict_command(
             hf-hub:<owner>/<name>.
         top: How many classes to show.
     """
-    from timm_ham.inspection.predict import open_image, predict
+    from timm_ham.inspection.images import open_image
+    from timm_ham.inspection.predict import predict
     from timm_ham.models.loading import load_classifier
 
     for name, probability in predict(load_classifier(model), open_image(image), top):

@@ -1,28 +1,13 @@
 """What a model sees in an image."""
 
-from pathlib import Path
 from typing import List, Tuple
 
 import torch
 from PIL import Image
 
-from timm_ham.errors import TimmHamError
 from timm_ham.models.loading import Classifier
 
-__all__ = ['open_image', 'predict']
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file in RGB.
-
-    Raises:
-        TimmHamError: If it can't be read as an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise TimmHamError(f'{path} can not be read as an image ({error}): give a PNG, a JPEG or the like') from error
+__all__ = ['predict']
 
 
 @torch.inference_mode()

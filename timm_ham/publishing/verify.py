@@ -131,7 +131,7 @@ def _card(folder: Path) -> str:
 
 def _accuracy(folder: Path, dataset: str) -> str:
     stated = Run(folder).record()['results']['test']['accuracy']
-    metrics = measure(load_model(str(folder)), dataset)
+    metrics = measure(str(folder), dataset)
     text = f'{metrics.accuracy:.2%} of {metrics.images} test images'
     if abs(metrics.accuracy - stated) > SAME_ACCURACY:
         raise TimmHamError(f'{text}, but the card says {stated:.2%}')

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_ham.errors import TimmHamError
+from timm_ham.models.loading import load_model
 from timm_ham.training.batches import eval_batches
-from timm_ham.training.data import Split, open_dataset
+from timm_ham.training.data import OpenDataset, Split, open_dataset
 
-__all__ = ['Metrics', 'evaluate', 'evaluate_split', 'measure']
+__all__ = ['Metrics', 'check_classes', 'evaluate', 'evaluate_split', 'measure']
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ class Metrics:
     loss: float
     accuracy: float
     images: int
+
+
+def check_classes(name: str, model: nn.Module, data: OpenDataset) -> None:
+    """Raise a TimmHamError if the weights `name` have another number of classes than the dataset."""
+    if model.num_classes != len(data.label_names):
+        raise TimmHamError(
+            f'{name} has {model.num_classes} classes, but {data.name} has {len(data.label_names)}: '
+            'choose the dataset that it was trained on'
+        )
 
 
 @torch.inference_mode()
@@ -71,17 +81,17 @@ def evaluate_split(
 
 
 def measure(
-    model: nn.Module,
+    name: str,
     dataset: str,
     split: str = 'test',
     batch_size: int = 500,
     image_column: Optional[str] = None,
     label_column: Optional[str] = None,
 ) -> Metrics:
-    """`evaluate_split` of pretrained weights on a dataset by name, in float32, on the device that accelerate chooses.
+    """`evaluate_split` of pretrained weights on a dataset, in float32, on the device that accelerate chooses.
 
     Args:
-        model: With a `pretrained_cfg`, as timm makes it; it is moved to the device.
+        name: As for `load_model`.
         dataset: As for `open_dataset`, and so are the columns.
         split: 'test' or 'train'.
         batch_size: Images in a batch of one process.
@@ -89,14 +99,11 @@ def measure(
         label_column: Likewise.
 
     Raises:
-        TimmHamError: If the dataset can't be had or has another number of classes.
+        TimmHamError: If weights or dataset can't be had, or their numbers of classes differ.
     """
+    model = load_model(name)
     data = open_dataset(dataset, image_column, label_column)
-    if model.num_classes != len(data.label_names):
-        raise TimmHamError(
-            f'the model has {model.num_classes} classes, but {dataset} has {len(data.label_names)}: '
-            'choose the dataset that it was trained on'
-        )
+    check_classes(name, model, data)
     accelerator = Accelerator()
     images = data.decode(split).to(accelerator.device)
     cfg = model.pretrained_cfg
