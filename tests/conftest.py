@@ -11,6 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from timm_ham.models.weights import hub_folders
+
 from .hub_client import Client
 from .hub_server import running_hub
 
@@ -19,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
 CIFAR10 = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'cifar10'
+BUNDLED = next(folder for folder in hub_folders() if folder.name == 'resnet20_ham.cifar10')
 
 
 @pytest.fixture
@@ -70,6 +73,12 @@ def tiny_folder(tmp_path):
         return make_dataset([Image.fromarray(p + np.uint8(128 * y)) for p, y in zip(pixels, labels)], labels)
 
     return save_parquet(tmp_path / 'tiny', train=split(192, 0), test=split(16, 1))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the folder of bundled weights."""
+    return shutil.copytree(BUNDLED, tmp_path / BUNDLED.name)
 
 
 @pytest.fixture(scope='session')

@@ -1,23 +1,21 @@
-"""Publishing and downloading, by the real clients over HTTP: against a small Hub here, and one that others wrote."""
+"""Publishing and downloading, by the real clients over HTTP, against a small Hub."""
 
 import hashlib
-import shutil
+import importlib
 
 import pytest
 from safetensors.torch import load_file, save
 
 from timm_ham import TimmHamError, __version__
 from timm_ham.models.loading import load_model
-from timm_ham.models.weights import hub_folders
 from timm_ham.publishing.golden import golden_logits
 
 from . import hub_client
-from .conftest import make_dataset, random_images, save_parquet
+from .conftest import BUNDLED, make_dataset, random_images, save_parquet
 from .hub_client import Client
 from .hub_server import TOKENS
 
-NAME = 'resnet20_ham.cifar10'
-BUNDLED = next(folder for folder in hub_folders() if folder.name == NAME)
+NAME = BUNDLED.name
 UPLOADED = {'README.md', 'config.json', 'model.safetensors', 'golden.json', 'run.json', 'metrics.jsonl', 'curves.png'}
 WRITER = 'hf_writer'
 
@@ -31,11 +29,6 @@ def offline(online, tmp_path_factory):
 @pytest.fixture(scope='module')
 def wanted():
     return golden_logits(load_model(str(BUNDLED)).eval()).tolist()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(BUNDLED, tmp_path / NAME)
 
 
 @pytest.fixture
@@ -94,6 +87,13 @@ def test_other_weights_do_not_take_the_tag(hub, client, folder):
     (folder / 'metrics.jsonl').write_text(metrics + metrics.splitlines()[-1] + '\n')
     status, said = client.cli(*words, token=WRITER)
     assert status == 1 and f'has a tag v{__version__} already, on other files' in said
+
+
+def test_a_public_repository_takes_nothing_private(hub, client, folder):
+    hub.add(f'org/{NAME}', {})
+    words = ('publish', folder, '--namespace', 'org', '--yes')
+    status, said = client.cli(*words, '--private', token=WRITER)
+    assert status == 1 and 'is there and public' in said and not hub.repos['models', f'org/{NAME}'].files()
 
 
 def test_what_comes_back_is_compared(hub, client, folder):
@@ -226,6 +226,16 @@ def test_the_namespaces_own_commit_is_noted(hub, client, folder):
     repo = hub.repos['models', f'org/{NAME}']
     assert (folder / 'published.json').read_text() == f'{{"revision": "{repo.branches["main"]}"}}\n'
     assert 'published.json' not in repo.files()
+
+
+def test_the_namespace_is_overridden_by_the_environment(monkeypatch):
+    from timm_ham.models import weights
+
+    assert weights.NAMESPACE == 'timm-ham'
+    monkeypatch.setenv('TIMM_HAM_NAMESPACE', 'mirror')
+    assert importlib.reload(weights).NAMESPACE == 'mirror'
+    monkeypatch.undo()
+    importlib.reload(weights)
 
 
 def test_a_dataset_from_the_hub(hub, client, tmp_path):

@@ -6,12 +6,11 @@ import torch
 
 from timm_ham import TimmHamError
 from timm_ham.models.loading import load_classifier, load_model
-from timm_ham.models.weights import hub_folders
 from timm_ham.publishing.golden import golden_images, golden_logits
 from timm_ham.publishing.onnx import export_onnx
 from timm_ham.training.batches import normalize
 
-FOLDER = next(folder for folder in hub_folders() if folder.name == 'resnet20_ham.cifar10')
+from .conftest import BUNDLED
 
 
 def test_transformers():
@@ -19,8 +18,8 @@ def test_transformers():
     transformers = pytest.importorskip('transformers')
     from PIL import Image
 
-    model = transformers.AutoModelForImageClassification.from_pretrained(FOLDER).eval()
-    ours = load_classifier(str(FOLDER))
+    model = transformers.AutoModelForImageClassification.from_pretrained(BUNDLED).eval()
+    ours = load_classifier(str(BUNDLED))
     pixels = golden_images(32, 32)
     cfg = ours.model.pretrained_cfg
     with torch.inference_mode():
@@ -28,7 +27,7 @@ def test_transformers():
     assert torch.equal(logits, golden_logits(ours.model))
 
     image = Image.fromarray(pixels[0].numpy()).resize((50, 40))
-    results = transformers.pipeline('image-classification', model=str(FOLDER))(image)
+    results = transformers.pipeline('image-classification', model=str(BUNDLED))(image)
     wanted = ours.model(ours.transform(image)[None]).softmax(1)[0]
     assert len(results) == 5
     for result in results:

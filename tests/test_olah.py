@@ -11,13 +11,11 @@ import urllib.request
 import pytest
 
 from timm_ham.models.loading import load_model
-from timm_ham.models.weights import hub_folders
 from timm_ham.publishing.golden import golden_logits
 
 from . import hub_client
+from .conftest import BUNDLED
 from .hub_client import Client
-
-BUNDLED = next(folder for folder in hub_folders() if folder.name == 'resnet20_ham.cifar10')
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from timm_ham.inspection.images import open_image
 from timm_ham.inspection.predict import predict
 from timm_ham.models import loading
 from timm_ham.models.loading import load_classifier
-from timm_ham.models.weights import hub_folders
 
-FOLDER = next(folder for folder in hub_folders() if folder.name == 'resnet20_ham.cifar10')
+from .conftest import BUNDLED
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def test_predict_is_timms_way(photo):
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.inference_mode():
         wanted = model(transform(Image.open(photo).convert('RGB'))[None]).softmax(1)[0]
-    for name in ('resnet20_ham', FOLDER.name, str(FOLDER), f'local-dir:{FOLDER}'):
+    for name in ('resnet20_ham', BUNDLED.name, str(BUNDLED), f'local-dir:{BUNDLED}'):
         found = predict(load_classifier(name), open_image(photo), top=100)
         assert [label for label, _ in found] == [
             model.pretrained_cfg['label_names'][index] for index in wanted.argsort(descending=True)
@@ -37,11 +36,11 @@ def test_predict_is_timms_way(photo):
 
 
 def test_command(photo, capsys):
-    cli.main(['predict', str(photo), '--model', str(FOLDER), '--top', '2'])
+    cli.main(['predict', str(photo), '--model', str(BUNDLED), '--top', '2'])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].split()[1] == 'frog' and lines[0].split()[0].endswith('%')
     for words, message in (
-        ([str(FOLDER / 'run.json')], 'run.json is no image that Pillow reads'),
+        ([str(BUNDLED / 'run.json')], 'run.json is no image that Pillow reads'),
         (['nowhere.png'], 'there is no file nowhere.png'),
         ([str(photo), '--model', 'resnet20_plain'], "no weights for 'resnet20_plain': choose from"),
     ):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from timm_ham import TimmHamError, add_attention
 from timm_ham.models import weights
 from timm_ham.models.loading import load_model
-from timm_ham.models.weights import hub_folders
 from timm_ham.publishing.card import model_card
 from timm_ham.publishing.export import export
 from timm_ham.publishing.golden import golden_logits
@@ -24,14 +23,7 @@ from timm_ham.training.run import Run, environment
 from timm_ham.training.trainer import build_model
 
 from . import hub_client
-from .conftest import make_dataset, random_images, save_parquet
-
-BUNDLED = next(folder for folder in hub_folders() if folder.name == 'resnet20_ham.cifar10')
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(BUNDLED, tmp_path / BUNDLED.name)
+from .conftest import BUNDLED, make_dataset, random_images, save_parquet
 
 
 @pytest.fixture
@@ -165,8 +157,8 @@ def test_weights_of_another_architecture(folder, config):
     config(architecture='resnet32_ham')
     with pytest.raises(TimmHamError, match="holds weights of 'resnet32_ham', not of resnet20_ham"):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
-    folder = folder.rename(folder.with_name('mine'))  # a name that promises nothing
-    with pytest.raises(TimmHamError, match=r'mine can not be loaded: Error.* in loading state_dict for '):
+    folder = folder.rename(folder.with_name('resnet18.mine'))  # a name that promises nothing
+    with pytest.raises(TimmHamError, match=r'resnet18\.mine can not be loaded: Error.* in loading state_dict for '):
         load_model(str(folder))
 
 

@@ -1,7 +1,6 @@
 """Bundled weights hold what they say; each thing that can be wrong with a folder is found, and named."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -15,13 +14,9 @@ from timm_ham.publishing.card import folder_card
 from timm_ham.publishing.golden import golden_error, golden_images, golden_logits
 from timm_ham.publishing.verify import find_folder, verify
 
+from .conftest import BUNDLED
+
 FOLDERS = [pytest.param(folder, id=folder.name) for folder in hub_folders()]
-BUNDLED = FOLDERS[0].values[0]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(BUNDLED, tmp_path / BUNDLED.name)
 
 
 def change(file, edit):

@@ -191,7 +191,7 @@ def publish_command(
         folder: hub/<model>.<tag>, as timm-ham export leaves it.
         namespace: User or organization on the Hub.
         yes: Upload; without, nothing is sent anywhere.
-        private: Make the repository private if it is a new one.
+        private: Make the repository private; one that is there has to be.
         revision: Branch to upload to, made if it is not there; main, and the tag of this version on it, if not given.
         pr: Open a pull request instead, on a repository that is there.
     """

@@ -64,7 +64,7 @@ def load_model(name: str, cache_dir: Union[str, Path, None] = None) -> nn.Module
         raise TimmHamError(f'no weights for {name!r}: choose from {", ".join(choices)}')
     try:
         return timm.create_model(name, pretrained=True, cache_dir=cache_dir)
-    except (RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split('\n')
         raise TimmHamError(f'{name} can not be loaded: {" ".join(reason[:2])}') from error
 

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional
 
-from timm.models import PretrainedCfg, is_model
+from timm.models import PretrainedCfg, is_model_in_modules
 
 from timm_ham.errors import TimmHamError
 
@@ -72,9 +72,9 @@ def read_config(path: Path) -> Dict[str, Any]:
 
 
 def check_architecture(architecture: str, name: str) -> None:
-    """Raise a TimmHamError if weights called `name`, `<model>.<tag>`, are of another model than the name says."""
+    """Raise a TimmHamError if weights called `name`, `<model>.<tag>` of a model of ours, are of another model."""
     model, dot, _ = name.partition('.')
-    if dot and model != architecture and is_model(model):
+    if dot and model != architecture and is_model_in_modules(model, ['zoo']):  # timm's name for zoo.py
         raise TimmHamError(f'{name} holds weights of {architecture!r}, not of {model}: the name or the config is wrong')
 
 

@@ -33,7 +33,7 @@ class Upload:
 
     folder: `<model>.<tag>`, as `export` leaves it; it is checked first, and a TimmHamError names what is wrong.
     namespace: User or organization that the repository belongs to.
-    private: For a repository that has to be made.
+    private: Make the repository private; one that is there has to be.
     revision: Branch; main if None.
     pr: Whether to open a pull request instead.
     """
@@ -72,7 +72,7 @@ class Upload:
             (name, f'{len(content):,}', hashlib.sha256(content).hexdigest()) for name, content in self.files.items()
         ]
         table = tabulate(rows, ('file', 'bytes', 'SHA-256'), disable_numparse=True, colalign=('left', 'right', 'left'))
-        return f'{self.repo_id}, {where}{tag}{", private if new" if self.private else ""}\n\n{table}\n'
+        return f'{self.repo_id}, {where}{tag}{", private" if self.private else ""}\n\n{table}\n'
 
     def publish(self) -> str:
         """Upload what is not there yet, in one commit, tag it, download it and compare logits bit for bit.
@@ -91,6 +91,8 @@ class Upload:
             self._check_token(api)
             if not self.pr:
                 api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
+            if self.private and not api.model_info(self.repo_id).private:
+                raise TimmHamError(f'{self.repo_id} is there and public: make it private on the Hub, or omit --private')
             if self.revision and not self.pr:
                 api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             message = f'{self.folder.resolve().name} by timm_ham {__version__}'
