@@ -103,3 +103,9 @@ def set_namespace(namespace):
     from timm_ham.publishing import publish
 
     publish.NAMESPACE = namespace
+
+
+def run(code, **names):
+    """Run Python code with these names; its strings."""
+    exec(code, names)
+    return {name: value for name, value in names.items() if isinstance(value, str)}

@@ -141,6 +141,7 @@ def test_what_is_not_published(hub, client, folder):
     (folder / 'pytorch_model.bin').unlink()
     (folder / 'golden.json').unlink()
     assert 'lacks golden.json: export the run again' in client.cli('publish', folder, '--yes', token=WRITER)[1]
+    assert 'there is no folder nowhere' in client.cli('publish', 'nowhere', '--yes', token=WRITER)[1]
     assert not hub.requests
 
 
@@ -156,6 +157,16 @@ def test_download_then_offline(hub, client, offline, published, wanted):
     assert status == 0 and said.count('ok  ') == 5, said
     status, said = offline.cli('verify', 'hf-hub:org/other.cifar10')
     assert status == 1 and said.startswith('timm-ham: hf-hub:org/other.cifar10/config.json: ')
+
+
+def test_the_cards_code_runs(hub, client, folder):
+    hub.add(f'timm-ham/{NAME}', {path.name: path.read_bytes() for path in folder.iterdir()})
+    code = (folder / 'README.md').read_text().partition('```python\n')[2].partition('```')[0]
+    assert (
+        client(hub_client.run, code, image=random_images(1, (40, 50))[0])['label']
+        in load_model(NAME).pretrained_cfg['label_names']
+    )
+    assert hub.sent('GET', f'timm-ham/{NAME}/resolve/.*safetensors')
 
 
 def test_no_such_repository(hub, client):

@@ -60,6 +60,8 @@ def test_onnx(tmp_path):
     torch.testing.assert_close(torch.from_numpy(logits), golden_logits(model.eval()), atol=1e-4, rtol=1e-4)
     with pytest.raises(TimmHamError, match=r'model\.onnx exists: name another file by --output'):
         export_onnx(model, file)
+    with pytest.raises(TimmHamError, match=r'there is no folder .*nowhere'):
+        export_onnx(model, tmp_path / 'nowhere' / 'model.onnx')
 
 
 def test_onnx_says_what_it_needs(tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ def test_command(photo, capsys):
         ([str(BUNDLED / 'run.json')], 'run.json is no image that Pillow reads'),
         (['nowhere.png'], 'there is no file nowhere.png'),
         ([str(photo), '--model', 'resnet20_plain'], "no weights for 'resnet20_plain': choose from"),
+        (['a\x1b[2J.png'], 'there is no file a?[2J.png'),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(['predict', *words])

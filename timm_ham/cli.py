@@ -24,6 +24,11 @@ DEFAULT_RECIPE = 'digits_quick'
 DEFAULT_BENCHMARK = Settings()
 
 
+def _printable(text: str) -> str:
+    """Without control characters: names of classes and files may come from anywhere."""
+    return ''.join(character if character.isprintable() else '?' for character in text)
+
+
 def train_command(recipe_name: str) -> Callable[..., None]:
     """`timm-ham train`, its options defaulting to the fields of the named recipe."""
     named = named_recipe(recipe_name)
@@ -152,8 +157,7 @@ def predict_command(
     from timm_ham.models.loading import load_classifier
 
     for name, probability in predict(load_classifier(model), open_image(image), top):
-        # A name may come from anywhere: no control characters for the terminal.
-        print(f'{probability:8.2%}  {"".join(c if c.isprintable() else "?" for c in name)}')
+        print(f'{probability:8.2%}  {_printable(name)}')
 
 
 def export_onnx_command(
@@ -218,7 +222,7 @@ def verify_command(
 
     failed = 0
     for check in verify(find_folder(weights), dataset):
-        print(f'{"ok" if check.passed else "FAILED":8}{check.title:16}{check.found}')
+        print(f'{"ok" if check.passed else "FAILED":8}{check.title:16}{_printable(check.found)}')
         failed += not check.passed
     if failed:
         raise TimmHamError(f'{weights}: {failed} of the checks failed')
@@ -327,7 +331,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
         chosen = commands(finder.parse_known_args(args)[0].recipe)
         tyro.extras.subcommand_cli_from_dict(chosen, prog='timm-ham', description=__doc__, args=args)
     except TimmHamError as error:
-        print(f'timm-ham: {error}', file=sys.stderr)
+        print(f'timm-ham: {_printable(str(error))}', file=sys.stderr)
         sys.exit(1)
 
 

@@ -17,8 +17,8 @@ def predict(classifier: Classifier, image: Image.Image, top: int = 5) -> List[Tu
     Args:
         classifier: The model.
         image: In RGB, of any size.
-        top: How many classes, at most.
+        top: How many classes, 1 at least and all at most.
     """
     (probabilities,) = classifier.model(classifier.transform(image)[None]).softmax(1)
-    values, indices = probabilities.topk(min(top, len(probabilities)))
+    values, indices = probabilities.topk(max(1, min(top, len(probabilities))))
     return [(classifier.label_names[index], value) for index, value in zip(indices.tolist(), values.tolist())]

@@ -19,6 +19,7 @@ from timm_ham.errors import TimmHamError
 __all__ = [
     'CONFIG_FILE',
     'HASH_KEY',
+    'MAX_CONFIG_BYTES',
     'NAMESPACE',
     'PUBLISHED_FILE',
     'WEIGHTS_FILE',

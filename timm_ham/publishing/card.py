@@ -56,7 +56,8 @@ def _dataset_id(data: Dict[str, Any]) -> Optional[str]:
     known = DATASETS.get(data['name'])
     if isinstance(known, str):
         return known
-    return re.sub(f'{FROM_HUB}$', '', data['source']) if data['source'].endswith(FROM_HUB) else None
+    source = data['source']
+    return source.removesuffix(FROM_HUB) if source.endswith(FROM_HUB) else None
 
 
 def _metadata(name: str, data: Dict[str, Any], test: Dict[str, Any]) -> ModelCardData:

@@ -27,11 +27,13 @@ def export_onnx(model: nn.Module, file: Path) -> float:
         Largest difference between onnxruntime's logits and the model's, on noise in another batch size.
 
     Raises:
-        TimmHamError: If a package is missing, the file exists, or the logits differ.
+        TimmHamError: If a package is missing, the file exists or its folder does not, or the logits differ.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise TimmHamError(f"ONNX needs {', '.join(missing)}: pip install 'timm_ham[onnx]'")
+    if not file.parent.is_dir():
+        raise TimmHamError(f'there is no folder {file.parent}: make it, or name another file by --output')
     if file.exists():
         raise TimmHamError(f'{file} exists: name another file by --output')
     import onnxruntime

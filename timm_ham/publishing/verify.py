@@ -73,6 +73,8 @@ def find_folder(name: str, cache_dir: Optional[Path] = None) -> Path:
 
 
 def _files(folder: Path) -> str:
+    if not folder.is_dir():
+        raise TimmHamError(f'there is no folder {folder}: make one by timm-ham export')
     names = [path.name for path in folder.iterdir()]
     _refuse_pickles(names, str(folder))
     missing = [name for name in FILES if name not in names]
