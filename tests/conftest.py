@@ -11,8 +11,6 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from timm_ham.models.weights import hub_folders
-
 from .hub_client import Client
 from .hub_server import running_hub
 
@@ -21,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
 CIFAR10 = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'cifar10'
-BUNDLED = next(folder for folder in hub_folders() if folder.name == 'resnet20_ham.cifar10')
+BUNDLED = Path(__file__).resolve().parents[1] / 'hub' / 'resnet20_ham.cifar10'
 
 
 @pytest.fixture
