@@ -5,6 +5,7 @@ model = timm.create_model('resnet20_ham', pretrained=True)
 """
 
 from timm_ham.errors import TimmHamError
+from timm_ham.inspection.maps import HamMaps, inspect
 from timm_ham.layers import ABLATIONS, ATTENTIONS, HybridAttention, RecurrentCrissCrossAttention, set_fused
 from timm_ham.models import ARCHITECTURES, MODELS, ResidualNetwork, add_attention, fuse
 
@@ -13,12 +14,14 @@ __all__ = [
     'ARCHITECTURES',
     'ATTENTIONS',
     'MODELS',
+    'HamMaps',
     'HybridAttention',
     'RecurrentCrissCrossAttention',
     'ResidualNetwork',
     'TimmHamError',
     'add_attention',
     'fuse',
+    'inspect',
     'set_fused',
 ]
 __version__ = '0.1.0'

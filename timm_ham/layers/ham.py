@@ -171,6 +171,13 @@ class HybridAttention(HybridChannelAttention):
         nth = logits.topk(self.important_channels, dim=1).values[:, -1:]
         return logits >= nth
 
+    def groups(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Eq. 1 and 2: (B, C, H, W) to the channels' logits, (B, C), and to the groups F1 and F2, of x's shape each."""
+        logits = self.channel_logits(x)
+        refined = logits.sigmoid().to(x.dtype)[:, :, None, None] * x  # F', Eq. 1
+        important = self.separate(logits).to(x.dtype)[:, :, None, None]
+        return logits, important * refined, (1 - important) * refined  # Eq. 2
+
     def spatial_attention(self, f1: torch.Tensor, f2: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Eq. 9 and 10: the groups, (B, C, H, W) each, to their attention maps S_1 and S_2, (B, 1, H, W) each."""
         n1, n2 = self.important_channels, self.channels - self.important_channels
@@ -186,10 +193,7 @@ class HybridAttention(HybridChannelAttention):
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript leaves out what stands under just this condition
             if fused_applies(self, x):
                 return hybrid_attention(self, x)
-        logits = self.channel_logits(x)
-        refined = logits.sigmoid().to(x.dtype)[:, :, None, None] * x  # F', Eq. 1
-        important = self.separate(logits).to(x.dtype)[:, :, None, None]
-        f1, f2 = important * refined, (1 - important) * refined  # Eq. 2
+        _, f1, f2 = self.groups(x)
         s1, s2 = self.spatial_attention(f1, f2)
         return s1 * f1 + s2 * f2  # Eq. 3-4
 
