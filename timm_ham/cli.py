@@ -7,14 +7,16 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Callable, Dict, Literal, Optional, Sequence
+from typing import Annotated, Callable, Dict, Literal, Optional, Sequence, Tuple
 
 import torch
 import tyro
+from PIL import Image
 
 from timm_ham import ARCHITECTURES, ATTENTIONS, autoload
 from timm_ham.errors import TimmHamError
 from timm_ham.inspection.benchmark import Settings
+from timm_ham.inspection.gradcam import METHODS
 from timm_ham.models.weights import NAMESPACE
 from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
 
@@ -251,6 +253,13 @@ def complexity_command(pattern: Annotated[str, tyro.conf.Positional] = '*', /, m
     print(complexity_table(pattern, markdown))
 
 
+def _check_new(file: Path, overwrite: bool) -> None:
+    if not file.parent.is_dir():
+        raise TimmHamError(f'there is no folder {file.parent}: make it, or name another file by --output')
+    if file.exists() and not overwrite:
+        raise TimmHamError(f'{file} exists: replace it by --overwrite, or name another by --output')
+
+
 def bench_command(
     settings: Annotated[Settings, tyro.conf.arg(name='')] = DEFAULT_BENCHMARK,
     output: Path = Path('benchmark'),
@@ -273,8 +282,7 @@ def bench_command(
         raise TimmHamError(f'unknown architecture or attention {unknown[0]!r}: choose from {choices}')
     files = [output.with_name(f'{output.name}.{kind}') for kind in ('json', 'png')]
     for file in files:
-        if file.exists() and not overwrite:
-            raise TimmHamError(f'{file} exists: replace it by --overwrite, or name others by --output')
+        _check_new(file, overwrite)
     measurements = benchmark(settings)
     print(table(measurements))
     result = {
@@ -286,6 +294,164 @@ def bench_command(
     files[0].write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     draw(measurements, files[1])
     print(f'written to {files[0]} and {files[1]}')
+
+
+def gradcam_command(
+    images: Annotated[Tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar='IMAGE ...')] = (),
+    /,
+    *,
+    models: Tuple[str, ...],
+    target: Optional[str] = None,
+    method: Literal[tuple(METHODS)] = 'gradcam',
+    dataset: Optional[str] = None,
+    split: Literal['test', 'train'] = 'test',
+    rows: Tuple[int, ...] = (0, 1, 2, 3),
+    output: Path = Path('gradcam.png'),
+    overwrite: bool = False,
+) -> None:
+    """Draw where models look: a row an image, a column a model, with what it takes the image for.
+
+    Args:
+        images: Image files.
+        models: Names of pretrained weights, such as resnet20_ham.cifar10, folders with config.json, or
+            hf-hub:<owner>/<name>.
+        target: Name or number of the class to look for; each model's own prediction if not given.
+        method: Grad-CAM, or one of its kin in the grad-cam package.
+        dataset: Take images from a dataset too, as for evaluate; their true labels stand over them.
+        split: Which of its splits.
+        rows: Which of its rows.
+        output: PNG to write.
+        overwrite: Replace a file of that name.
+    """
+    from tabulate import tabulate
+
+    from timm_ham.inspection.drawing import draw_gradcam
+    from timm_ham.inspection.gradcam import explain, short_names
+    from timm_ham.inspection.images import open_image
+    from timm_ham.models.loading import load_classifier
+
+    _check_new(output, overwrite)
+    pictures = [(path.stem, open_image(path)) for path in images]
+    if dataset:
+        from timm_ham.training.data import open_dataset
+
+        data = open_dataset(dataset)
+        labelled = data.decode(split, rows)
+        for pixels, label in zip(labelled.images, labelled.labels):
+            pictures.append((data.label_names[label], Image.fromarray(pixels.numpy())))
+    if not pictures:
+        raise TimmHamError('no image: name image files, or a dataset by --dataset')
+    classifiers = {short: load_classifier(name) for name, short in short_names(models).items()}
+    found = [[explain(each, image, target, method) for each in classifiers.values()] for _, image in pictures]
+    titles, opened = zip(*pictures)
+    draw_gradcam(opened, titles, list(classifiers), found, method).savefig(output, format='png')
+    said = [
+        (_printable(title), name, _printable(seen.predicted), f'{seen.probabilities.max():.1%}')
+        for title, row in zip(titles, found)
+        for name, seen in zip(classifiers, row)
+    ]
+    print(tabulate(said, ('image', 'model', 'prediction', 'confidence'), disable_numparse=True))
+    print(f'written to {output}')
+
+
+def attention_command(
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='IMAGE')],
+    /,
+    model: str = 'resnet20_ham.cifar10',
+    output: Path = Path('attention.png'),
+    overwrite: bool = False,
+) -> None:
+    """Draw what HAM weighs in each stage: both spatial maps, the channel attention, alpha and beta.
+
+    Args:
+        image: Image file.
+        model: Name of pretrained weights with HAM, a folder with config.json, or hf-hub:<owner>/<name>.
+        output: PNG to write.
+        overwrite: Replace a file of that name.
+    """
+    from timm_ham.inspection.drawing import draw_attention
+    from timm_ham.inspection.gradcam import seen_by
+    from timm_ham.inspection.images import open_image
+    from timm_ham.inspection.maps import inspect
+    from timm_ham.models.loading import load_classifier
+
+    _check_new(output, overwrite)
+    opened, classifier = open_image(image), load_classifier(model)
+    batch = classifier.transform(opened)[None]
+    maps = inspect(classifier.model, batch)
+    title = f'{Path(model).name}, {image.name}'
+    draw_attention(seen_by(classifier.model, batch[0]), maps, title).savefig(output, format='png')
+    print(f'written to {output}')
+
+
+def localization_command(
+    models: Annotated[Tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='MODEL ...')],
+    /,
+    dataset: str = 'cifar10',
+    split: Literal['test', 'train'] = 'test',
+    count: int = 1000,
+    seed: int = 0,
+    method: Literal[tuple(METHODS)] = 'gradcam',
+    markdown: bool = False,
+    output: Path = Path('localization.json'),
+    overwrite: bool = False,
+) -> None:
+    """Measure how much of the Grad-CAM maps lies on the object, in images pasted into images of other classes.
+
+    Args:
+        models: Names of pretrained weights, folders with config.json, or hf-hub:<owner>/<name>; the first is what the
+            others are compared to.
+        dataset: Where objects and backgrounds are taken from, as for evaluate.
+        split: Which of its splits.
+        count: Images to make.
+        seed: Of the choice of objects, backgrounds and quarters.
+        method: Grad-CAM, or one of its kin in the grad-cam package.
+        markdown: Print Markdown.
+        output: File for the result.
+        overwrite: Replace a file of that name.
+    """
+    from timm_ham.inspection.gradcam import short_names
+    from timm_ham.inspection.localization import CHANCE, estimates, localization_table, localize, paste_objects
+    from timm_ham.models.loading import load_model
+    from timm_ham.training.data import open_dataset
+    from timm_ham.training.evaluate import check_classes
+    from timm_ham.training.run import environment
+
+    _check_new(output, overwrite)
+    networks = {short: load_model(name).eval() for name, short in short_names(models).items()}
+    data = open_dataset(dataset)
+    for name, network in networks.items():
+        check_classes(name, network, data)
+    pasted = paste_objects(data.decode(split), count, seed)
+    found = estimates({name: localize(network, pasted, method) for name, network in networks.items()})
+    print(localization_table(found, markdown))
+    result = {
+        'environment': environment(1, torch.device('cpu')),
+        'settings': {'dataset': data.name, 'split': split, 'count': count, 'seed': seed, 'method': method},
+        'chance': CHANCE,
+        'estimates': {
+            name: {quantity: estimate._asdict() for quantity, estimate in quantities.items()}
+            for name, quantities in found.items()
+        },
+    }
+    output.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    print(f'written to {output}')
+
+
+def demo_command(
+    models: Annotated[Tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='MODEL ...')] = (),
+    /,
+    port: Optional[int] = None,
+) -> None:
+    """Serve a page on 127.0.0.1 on which to drop an image and look.
+
+    Args:
+        models: Models to choose from, as for gradcam; the bundled ones if not given.
+        port: TCP port; the first free one from 7860 on if not given.
+    """
+    from timm_ham.inspection.demo import launch_demo
+
+    launch_demo(models, port)
 
 
 def autoload_command(action: Annotated[Literal['on', 'off', 'status'], tyro.conf.Positional], /) -> None:
@@ -317,6 +483,10 @@ def commands(recipe_name: str) -> Dict[str, Callable[..., None]]:
         'list': list_command,
         'complexity': complexity_command,
         'bench': bench_command,
+        'gradcam': gradcam_command,
+        'attention': attention_command,
+        'localization': localization_command,
+        'demo': demo_command,
         'autoload': autoload_command,
     }
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Literal, Optional, Tuple
+from typing import Any, Dict, Literal, Optional, Sequence, Tuple
 
 import datasets
 import numpy as np
@@ -207,21 +207,31 @@ class OpenDataset:
     splits: datasets.DatasetDict
     classes: Dict[Any, int]
 
-    def decode(self, part: Literal['train', 'test']) -> Split:
-        """Decode all images of a split to RGB, once.
+    def decode(self, part: Literal['train', 'test'], rows: Optional[Sequence[int]] = None) -> Split:
+        """Decode the images of a split to RGB, once.
+
+        Args:
+            part: Which split.
+            rows: Which of its rows, in this order; all if None. Messages then number the images in this order.
 
         Raises:
-            TimmHamError: If there is no such split, it is empty, an image can't be read or has another size than the
-                first, or a label is not one of the classes. The message names the split and the row.
+            TimmHamError: If there is no such split or row, it is empty, an image can't be read or has another size than
+                the first, or a label is not one of the classes. The message names the split and the row.
         """
         name = next((name for name in SPLIT_NAMES[part] if name in self.splits), None)
         if name is None:
             raise TimmHamError(f'dataset {self.name!r} has no {part} split, only {", ".join(self.splits)}: add one')
         if len(self.splits[name]) == 0:
             raise TimmHamError(f'split {name!r} of dataset {self.name!r} is empty')
+        split = self.splits[name]
+        if rows is not None:
+            missing = [row for row in rows if not 0 <= row < len(split)]
+            if missing:
+                raise TimmHamError(f'no row {missing[0]} in split {name!r}: choose from 0 to {len(split) - 1}')
+            split = split.select(rows)
         return Split(
-            _decode_images(self.splits[name], name, self.image_column),
-            _decode_labels(self.splits[name], name, self.label_column, self.classes),
+            _decode_images(split, name, self.image_column),
+            _decode_labels(split, name, self.label_column, self.classes),
         )
 
 
