@@ -14,6 +14,7 @@ from timm_ham.inspection.drawing import draw_attention, draw_gradcam
 from timm_ham.inspection.gradcam import explain, short_names
 from timm_ham.inspection.images import open_image
 from timm_ham.inspection.maps import ham_modules, inspect
+from timm_ham.inspection.predict import predict
 from timm_ham.models.loading import load_classifier
 from timm_ham.models.weights import hub_folders
 
@@ -56,7 +57,7 @@ def _look(choices: Dict[str, str], file: Optional[Dict[str, Any]], chosen: Seque
     for name, title in choices.items():
         bars = maps = gr.update(visible=False, value=None)
         if name in found:
-            bars = gr.update(visible=True, value=found[name].top())
+            bars = gr.update(visible=True, value=dict(predict(classifiers[name], image)))
             model = classifiers[name].model
             if ham_modules(model):
                 attention = inspect(model, classifiers[name].transform(image)[None])

@@ -120,11 +120,6 @@ class Explanation:
         """Name of the most probable class."""
         return self.label_names[self.probabilities.argmax()]
 
-    def top(self, count: int = 5) -> Dict[str, float]:
-        """The most probable classes, with their probabilities."""
-        values, indices = self.probabilities.topk(min(count, len(self.label_names)))
-        return {self.label_names[index]: value for index, value in zip(indices.tolist(), values.tolist())}
-
 
 def _class_index(label_names: Sequence[str], wanted: str) -> int:
     if wanted in label_names:
