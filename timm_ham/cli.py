@@ -23,6 +23,7 @@ from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
 __all__ = ['main']
 
 DEFAULT_RECIPE = 'digits_quick'
+PAPER_RECIPE = 'cifar_paper'
 DEFAULT_BENCHMARK = Settings()
 
 
@@ -86,6 +87,9 @@ def evaluate_command(
     batch_size: int = 500,
     image_column: Optional[str] = None,
     label_column: Optional[str] = None,
+    full: bool = False,
+    output: Optional[Path] = None,
+    overwrite: bool = False,
 ) -> None:
     """Measure weights on a dataset, in float32.
 
@@ -97,15 +101,50 @@ def evaluate_command(
         batch_size: Images in a batch.
         image_column: Column of the images; found by its type if not given.
         label_column: Column of the labels; found by its type if not given.
+        full: Measure all that a card can tell: top-5, calibration, classes, speed, and 20 times as many corrupted
+            images; written as quality.json and quality.png.
+        output: Folder for these two files; that of the weights if not given.
+        overwrite: Replace the two files.
     """
     from accelerate import PartialState
 
     from timm_ham.training.evaluate import measure
 
+    if full:
+        if split != 'test':
+            raise TimmHamError('--full is measured on the test split: leave --split out')
+        return _evaluate_fully(model, dataset, batch_size, image_column, label_column, output, overwrite)
+
     metrics = measure(model, dataset, split, batch_size, image_column, label_column)
     PartialState().print(
         f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images'
     )
+
+
+def _evaluate_fully(
+    model: str,
+    dataset: str,
+    batch_size: int,
+    image_column: Optional[str],
+    label_column: Optional[str],
+    output: Optional[Path],
+    overwrite: bool,
+) -> None:
+    from timm_ham.publishing.verify import find_folder
+    from timm_ham.training.quality import QUALITY_FILE, describe, measure_quality, write_quality
+
+    weights = find_folder(model)
+    folder = output or weights
+    if output is None and model.startswith('hf-hub:'):
+        raise TimmHamError(f'{model} lies in a cache: name a folder for the result by --output')
+    if (folder / QUALITY_FILE).exists() and not overwrite:
+        raise TimmHamError(f'{folder / QUALITY_FILE} exists: replace it by --overwrite, or name a folder by --output')
+    quality = measure_quality(weights, dataset, batch_size, image_column, label_column)
+    write_quality(quality, folder, f'{Path(model).name} on {quality["dataset"]}')
+    print(describe(quality))
+    print(f'written to {folder}/')
+    if output is None:
+        print(f'card           timm-ham export {folder} --overwrite shows them in the card')
 
 
 def export_command(
@@ -454,6 +493,79 @@ def demo_command(
     launch_demo(models, port)
 
 
+def compare_command(
+    runs: Annotated[Tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar='RUN ...')],
+    /,
+    markdown: bool = False,
+    output: Path = Path('comparison.png'),
+    overwrite: bool = False,
+) -> None:
+    """Set finished runs beside each other: mean and standard deviation over seeds, paired differences to plain.
+
+    Args:
+        runs: Folders of runs, such as runs/*.
+        markdown: Print Markdown.
+        output: File for the picture.
+        overwrite: Replace it.
+    """
+    from timm_ham.training.compare import compare, comparison_table, draw_groups
+
+    if output.exists() and not overwrite:
+        raise TimmHamError(f'{output} exists: replace it by --overwrite, or name another file by --output')
+    groups, left_out = compare(runs)
+    print(comparison_table(groups, markdown))
+    draw_groups(groups, 'Test error', output)
+    for line in left_out:
+        print(f'left out: {line}', file=sys.stderr)
+    print(f'written to {output}', file=sys.stderr)
+
+
+def reproduce_command(recipe_name: str) -> Callable[..., None]:
+    """`timm-ham reproduce`, its options defaulting to the fields of the named recipe."""
+    named = named_recipe(recipe_name)
+
+    def command(
+        table: int,
+        arch: str,
+        options: Annotated[Recipe, tyro.conf.arg(name='')] = named,
+        recipe: Literal[tuple(RECIPES)] = recipe_name,
+        attn: Tuple[str, ...] = ('all',),
+        seeds: int = 3,
+        folder: Path = Path('runs/reproduce'),
+        output: Optional[Path] = None,
+        train: bool = True,
+        card: Optional[Path] = None,
+    ) -> None:
+        """Train rows of the paper's tables, as far as they are not there yet, and set them beside the paper's figures.
+
+        Args:
+            table: Number of the table, 1 to 6.
+            arch: Architecture, such as resnet20; one that is not in the table takes the place of that which is.
+            options: Fields of the recipe, all but model, model_args and seed.
+            recipe: Named recipe to start from.
+            attn: Rows of the table: all, or attentions such as plain ham ham.kernel_size=3.
+            seeds: Runs of each row, with seeds from 0 on.
+            folder: Holds the runs, <arch>_<attention>.<seed>; those that are there are taken, or gone on with.
+            output: JSON file for the results, with a picture beside it; <folder>/table<N>-<arch>-<dataset>.json if not
+                given.
+            train: --no-train takes the finished runs that are there, and starts none.
+            card: Card to put the comparison into, of all table*.json beside the output.
+        """
+        from timm_ham.publishing.reproduce import Reproduction, describe, write_card
+
+        if any(getattr(options, field) != getattr(named, field) for field in ('model', 'model_args', 'seed')):
+            raise TimmHamError('model, model_args and seed follow from --arch, --attn and --seeds: leave them out')
+        rows = () if attn == ('all',) else attn
+        task = Reproduction(table, arch, rows, seeds, options, recipe, folder)
+        file = output or folder / f'table{table}-{arch}-{Path(options.dataset).name}.json'
+        print(describe(task.go(file, train)))
+        print(f'written to {file} and {file.with_suffix(".png")}')
+        if card:
+            write_card(card, file.parent)
+
+    return command
+
+
 def autoload_command(action: Annotated[Literal['on', 'off', 'status'], tyro.conf.Positional], /) -> None:
     """Make `import timm` bring timm_ham along in this environment, or no more.
 
@@ -469,10 +581,12 @@ def autoload_command(action: Annotated[Literal['on', 'off', 'status'], tyro.conf
         print(f'on, by {file}' if file else 'off: scripts need `import timm_ham`')
 
 
-def commands(recipe_name: str) -> Dict[str, Callable[..., None]]:
+def commands(recipe_name: Optional[str]) -> Dict[str, Callable[..., None]]:
     """The commands by name."""
     return {
-        'train': train_command(recipe_name),
+        'train': train_command(recipe_name or DEFAULT_RECIPE),
+        'compare': compare_command,
+        'reproduce': reproduce_command(recipe_name or PAPER_RECIPE),
         'evaluate': evaluate_command,
         'export': export_command,
         'export-onnx': export_onnx_command,
@@ -496,7 +610,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     # The recipe is needed before the rest is parsed: its values are the defaults of the other options.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument('--recipe', default=DEFAULT_RECIPE)
+    finder.add_argument('--recipe')
     try:
         chosen = commands(finder.parse_known_args(args)[0].recipe)
         tyro.extras.subcommand_cli_from_dict(chosen, prog='timm-ham', description=__doc__, args=args)

@@ -6,7 +6,22 @@ from functools import cache
 from pathlib import Path
 from typing import Dict, Optional, Tuple
 
-__all__ = ['PaperResult', 'paper_results']
+__all__ = ['PAPER_TABLES', 'PaperResult', 'paper_results']
+
+_SIX = ('plain', 'se', 'eca', 'cbam', 'rcca', 'ham')
+_CHANNEL = ('cbam_channel', 'cbam_channel_adaptive', 'ham_channel_no_adaptive', 'ham_channel')
+_SPATIAL = ('ham_channel_cbam_spatial', 'ham.kernel_size=3', 'ham.kernel_size=5', 'ham')
+_RATES = ('ham.separation_rate=0.8', 'ham.separation_rate=0.7', 'ham', 'ham.separation_rate=0.5')
+
+# Number of a table: its architectures and the attentions in each, `<attention>` or `<attention>.<attn_kwargs>`.
+PAPER_TABLES: Dict[int, Tuple[Tuple[str, ...], Tuple[str, ...]]] = {
+    1: (('resnet56',), (*_SIX[:3], *_CHANNEL)),
+    2: (('resnet56',), (*_SIX[:5], *_SPATIAL)),
+    3: (('resnet56',), ('plain', *_RATES)),
+    4: (('resnet20', 'resnet32', 'resnet56', 'resnet110', 'wide_resnet16_8', 'resnext29_8x64d'), _SIX),
+    5: (('resnet18', 'wide_resnet18_2', 'resnext50_32x4d'), _SIX),
+    6: (('resnet18', 'resnet34', 'resnet50', 'resnet101'), _SIX),
+}
 
 
 @dataclass(frozen=True)

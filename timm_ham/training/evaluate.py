@@ -13,7 +13,7 @@ from timm_ham.models.loading import load_model
 from timm_ham.training.batches import eval_batches
 from timm_ham.training.data import OpenDataset, Split, open_dataset
 
-__all__ = ['Metrics', 'check_classes', 'evaluate', 'evaluate_split', 'measure']
+__all__ = ['Metrics', 'check_classes', 'evaluate', 'evaluate_split', 'load_for', 'measure']
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,16 @@ def evaluate_split(
     return evaluate(model, eval_batches(split, mean, std, batch_size, rank, processes), accelerator)
 
 
+def load_for(
+    name: str, dataset: str, image_column: Optional[str] = None, label_column: Optional[str] = None
+) -> Tuple[nn.Module, OpenDataset]:
+    """Pretrained weights, and a dataset of as many classes to measure them on; arguments and errors as of `measure`."""
+    model = load_model(name)
+    data = open_dataset(dataset, image_column, label_column)
+    check_classes(name, model, data)
+    return model, data
+
+
 def measure(
     name: str,
     dataset: str,
@@ -101,9 +111,7 @@ def measure(
     Raises:
         TimmHamError: If weights or dataset can't be had, or their numbers of classes differ.
     """
-    model = load_model(name)
-    data = open_dataset(dataset, image_column, label_column)
-    check_classes(name, model, data)
+    model, data = load_for(name, dataset, image_column, label_column)
     accelerator = Accelerator()
     images = data.decode(split).to(accelerator.device)
     cfg = model.pretrained_cfg
