@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -77,6 +78,28 @@ def tiny_folder(tmp_path):
 def folder(tmp_path):
     """A copy of the folder of bundled weights."""
     return shutil.copytree(BUNDLED, tmp_path / BUNDLED.name)
+
+
+def make_run(folder, model, seed, error, done=0, **changed):
+    """The record of a run that nobody made: CIFAR-10, 15 epochs; `error` is its test error, %, None if not finished."""
+    from timm_ham.training.data import DataInfo  # only now: see TRITON_INTERPRET above
+    from timm_ham.training.recipes import RECIPES
+    from timm_ham.training.run import Run, environment
+
+    run = Run(folder)
+    recipe = replace(RECIPES['cifar_fast'], model=model, seed=seed, **{'epochs': 15, 'holdout': 0.0, **changed})
+    sizes = {'train': 50000, 'test': 10000}
+    statistics = (0.5,) * 3, (0.25,) * 3
+    names = tuple('abcdefghij')
+    run.create(
+        recipe, 'cifar_fast', DataInfo('cifar10', 'a folder', 'img', 'label', names, (32, 32), *statistics, sizes)
+    )
+    run.note(starts=[environment(1, torch.device('cpu'))])
+    run.write_metrics([{'epoch': epoch + 1} for epoch in range(done)])
+    if error is not None:
+        test = {'loss': 0.3, 'accuracy': 1 - error / 100, 'images': 10000}
+        run.note(results={'test': test, 'train_seconds': 60.0, 'precision': 'bf16'})
+    return run
 
 
 @pytest.fixture(scope='session')

@@ -41,6 +41,7 @@ def train_command(recipe_name: str) -> Callable[..., None]:
         recipe: Literal[tuple(RECIPES)] = recipe_name,
         run: Optional[Path] = None,
         resume: Optional[Path] = None,
+        tracker: Optional[Literal['tensorboard', 'trackio']] = None,
     ) -> None:
         """Train a model; leave a run folder and, in it, the folder that timm loads and the Hub takes.
 
@@ -49,6 +50,7 @@ def train_command(recipe_name: str) -> Callable[..., None]:
             recipe: Named recipe to start from.
             run: Folder for the run, a new one; runs/<model>.<recipe> if not given.
             resume: Folder of a run to go on with, from its last finished epoch, by its own recipe.
+            tracker: Send the metrics there too; metrics.jsonl is always written.
         """
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
@@ -63,7 +65,7 @@ def train_command(recipe_name: str) -> Callable[..., None]:
         folder = resume or run or new_run_folder(options, recipe)
         started = Run(Path(broadcast_object_list([str(folder)])[0]))
         try:
-            metrics = trainer.resume(started) if resume else trainer.train(options, recipe, started)
+            metrics = trainer.resume(started, tracker) if resume else trainer.train(options, recipe, started, tracker)
         except KeyboardInterrupt:
             if state.is_main_process and started.record_file.is_file():
                 print(f'\nstopped: go on by timm-ham train --resume {started.folder}', file=sys.stderr)

@@ -14,6 +14,7 @@ from timm_ham.errors import TimmHamError
 from timm_ham.inspection.complexity import complexity
 from timm_ham.models.weights import CONFIG_FILE, NAMESPACE, hub_folders, read_config
 from timm_ham.training.data import DATASETS, FROM_HUB
+from timm_ham.training.quality import QUALITY_PICTURE, read_quality
 from timm_ham.training.recipes import Recipe, changes
 from timm_ham.training.run import Run
 
@@ -92,6 +93,7 @@ def model_card(
     metrics: List[Dict[str, float]],
     repo_id: Optional[str] = None,
     gradcam: bool = False,
+    quality: Optional[Dict[str, Any]] = None,
 ) -> ModelCard:
     """The card of the weights `name` (`<model>.<tag>`).
 
@@ -101,6 +103,7 @@ def model_card(
         metrics: The lines of its metrics.jsonl.
         repo_id: Repository on the Hub; that of the name in NAMESPACE if None.
         gradcam: Whether a picture GRADCAM_FILE lies beside the card.
+        quality: What QUALITY_FILE beside the card holds, if it is there.
     """
     data, results = record['data'], record['results']
     recipe = Recipe.from_json(record['recipe'])
@@ -125,6 +128,8 @@ def model_card(
         multiply_adds=f'{cost.multiply_adds / 1e6:,.1f} M',
         held_out=metrics[-1].get('holdout_accuracy'),
         gradcam=GRADCAM_FILE if gradcam else None,
+        quality=_plain(quality),
+        quality_picture=QUALITY_PICTURE,
     )
 
 
@@ -132,7 +137,9 @@ def folder_card(folder: Path, repo_id: Optional[str] = None) -> ModelCard:
     """The card of an exported folder, as `model_card` makes it of the record there."""
     run, config = Run(folder), read_config(folder / CONFIG_FILE)
     name = f'{config["architecture"]}.{config["pretrained_cfg"]["tag"]}'  # a copy of it may be called otherwise
-    return model_card(name, run.record(), run.metrics(), repo_id, (folder / GRADCAM_FILE).is_file())
+    return model_card(
+        name, run.record(), run.metrics(), repo_id, (folder / GRADCAM_FILE).is_file(), read_quality(folder)
+    )
 
 
 def weights_table(markdown: bool = False) -> str:

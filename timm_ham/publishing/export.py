@@ -19,6 +19,7 @@ from timm_ham.models.loading import load_model
 from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, WEIGHTS_FILE
 from timm_ham.publishing.card import CARD_FILE, GRADCAM_FILE, folder_card
 from timm_ham.publishing.golden import golden_logits, write_golden
+from timm_ham.training.quality import QUALITY_FILE, QUALITY_PICTURE
 from timm_ham.training.run import Run
 from timm_ham.training.trainer import build_model
 
@@ -61,8 +62,9 @@ def export(run: Run, parent: Path, tag: Optional[str] = None, overwrite: bool = 
         (part / 'run.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
         shutil.copy(run.metrics_file, part)
         shutil.copy(run.curves_file, part)
-        if (run.folder / GRADCAM_FILE).is_file():
-            shutil.copy(run.folder / GRADCAM_FILE, part)
+        for name in (GRADCAM_FILE, QUALITY_FILE, QUALITY_PICTURE):
+            if (run.folder / name).is_file():
+                shutil.copy(run.folder / name, part)
         folder_card(part).save(part / CARD_FILE)
         write_golden(model, part)
         _check_reload(model, part)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, Optional
 
 from huggingface_hub import HfApi, ModelCard, is_offline_mode, snapshot_download
+from jinja2 import TemplateError
 
 from timm_ham.errors import TimmHamError
 from timm_ham.models.hub import download, hub_errors
@@ -22,13 +23,14 @@ from timm_ham.models.weights import (
 from timm_ham.publishing.card import CARD_FILE, GRADCAM_FILE, folder_card
 from timm_ham.publishing.golden import GOLDEN_FILE, golden_error
 from timm_ham.training.evaluate import measure
+from timm_ham.training.quality import QUALITY_FILE, QUALITY_PICTURE
 from timm_ham.training.run import Run
 
 __all__ = ['FILES', 'Check', 'find_folder', 'verify']
 
 # What a folder of weights holds, and may hold.
 FILES = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, GOLDEN_FILE, 'run.json', 'metrics.jsonl', 'curves.png')
-OPTIONAL_FILES = (GRADCAM_FILE,)
+OPTIONAL_FILES = (GRADCAM_FILE, QUALITY_FILE, QUALITY_PICTURE)
 # Formats that run code when they are read. Nothing here reads them, but others who take the folder might.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.joblib', '.tar', '.npy', '.npz')
 SAME_ACCURACY = 1e-3  # other processors round otherwise, which moves a few images of ten thousand
@@ -162,7 +164,8 @@ def verify(folder: Path, dataset: Optional[str] = None) -> Iterator[Check]:
     for title, step in steps.items():
         try:
             yield Check(title, True, step(folder))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # a TimmHamError is a ValueError
+        # A TimmHamError is a ValueError; the card's template fails by a TemplateError where a record lacks something.
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, TemplateError) as error:
             found = error if isinstance(error, TimmHamError) else repr(error)
             yield Check(title, False, ' '.join(str(found).split()))
             if title in ('files', 'hash', 'config'):

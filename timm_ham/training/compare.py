@@ -195,7 +195,7 @@ def draw_groups(
         groups: One a row.
         title: Over the picture.
         path: File to write.
-        paper: Labels to the paper's test errors, %, to show beside ours.
+        paper: Labels, 'plain' among them, to the paper's test errors, %, to show beside ours.
         metadata: Text to store in the file.
     """
     from matplotlib.figure import Figure
@@ -211,11 +211,16 @@ def draw_groups(
                 axes.errorbar(statistics.mean(values), row, xerr=deviation, fmt='s', color='#0072B2', capsize=4)
         if paper and group.label in paper:
             left.plot(paper[group.label], row, 'x', color='#D55E00', markersize=8)
+            if 'plain' in paper and group.label != 'plain':
+                right.plot(paper[group.label] - paper['plain'], row, 'x', color='#D55E00', markersize=8)
     left.plot([], [], 's', color='#0072B2', label='mean and standard deviation of our runs')
     if paper:
         left.plot([], [], 'x', color='#D55E00', label="the paper's best of ten, 200 epochs")
-    left.set_yticks(range(len(groups)), [group.label for group in groups])
-    left.invert_yaxis()
+    names = [group.label for group in groups]
+    if len(set(names)) < len(names):
+        names = [f'{group.label}\n{_how(group)}, {group.recipe.epochs} epochs' for group in groups]
+    left.set_yticks(range(len(groups)), names)
+    left.set_ylim(len(groups) - 0.5, -0.5)
     left.set_xlabel('test error, %')
     right.set_xlabel('test error less that of plain with the same seed, %')
     right.axvline(0, color='gray', linewidth=1)

@@ -5,6 +5,7 @@ metrics.jsonl       a line for each epoch
 curves.png          the same as a picture
 checkpoint-<n>/     the state after n epochs, to go on from
 model.safetensors   the final weights
+tensorboard/        the metrics once more, if asked for
 """
 
 import json

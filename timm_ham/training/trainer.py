@@ -31,6 +31,7 @@ from timm_ham.training.data import DataInfo, load_splits
 from timm_ham.training.evaluate import Metrics, evaluate_split
 from timm_ham.training.recipes import Recipe
 from timm_ham.training.run import Run, checkpoint_epoch, environment
+from timm_ham.training.tracking import Tracker, check_tracker, start_tracking
 
 __all__ = ['resume', 'train']
 
@@ -105,11 +106,14 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_e
 class Trainer:
     """The state of one run: model, optimizer, schedule, data. `run` is its folder."""
 
-    def __init__(self, recipe: Recipe, run: Run):
+    def __init__(self, recipe: Recipe, run: Run, tracker: Optional[Tracker] = None):
         check_model_name(recipe.model)  # before the data, which takes a while
-        self.recipe, self.run = recipe, run
+        check_tracker(tracker)
+        self.recipe, self.run, self.tracker = recipe, run, tracker
         bf16 = recipe.precision == 'bf16' or (recipe.precision == 'auto' and bf16_is_native(PartialState().device))
-        self.accelerator = Accelerator(mixed_precision='bf16' if bf16 else 'no')
+        self.accelerator = Accelerator(
+            mixed_precision='bf16' if bf16 else 'no', log_with=tracker, project_dir=str(run.folder)
+        )
         set_seed(recipe.seed)
         self.data, splits = load_splits(recipe.dataset, recipe.holdout, recipe.image_column, recipe.label_column)
         self.splits = {name: split.to(self.accelerator.device) for name, split in splits.items()}
@@ -212,6 +216,7 @@ class Trainer:
                 held_out = self.measure('holdout')
             line.update(holdout_loss=held_out.loss, holdout_accuracy=held_out.accuracy)
         line['seconds'] = time.perf_counter() - start
+        self.accelerator.log(line, step=epoch + 1)
         if self.accelerator.is_main_process:
             lines = [*self.run.metrics()[:epoch], line]
             self.run.write_metrics(lines)
@@ -252,6 +257,7 @@ class Trainer:
         if not self.ema:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         metrics = self.measure('test')
+        self.accelerator.log({'test_loss': metrics.loss, 'test_accuracy': metrics.accuracy}, step=self.recipe.epochs)
         if self.accelerator.is_main_process:
             state = {name: tensor.contiguous() for name, tensor in self.trained.state_dict().items()}
             save_file(state, self.run.weights_file)
@@ -279,13 +285,14 @@ def describe_epoch(line: Dict[str, float], epochs: int) -> str:
     )
 
 
-def train(recipe: Recipe, recipe_name: str, run: Run) -> Metrics:
+def train(recipe: Recipe, recipe_name: str, run: Run, tracker: Optional[Tracker] = None) -> Metrics:
     """Train a recipe in a new run folder, made once data and model are there.
 
     Args:
         recipe: What to train and how.
         recipe_name: Key in RECIPES of what it was made from.
         run: The run, whose folder must not exist.
+        tracker: Where else the metrics go, beside metrics.jsonl.
 
     Returns:
         Metrics of the test split after the last epoch.
@@ -294,13 +301,13 @@ def train(recipe: Recipe, recipe_name: str, run: Run) -> Metrics:
         TimmHamError: If the folder exists, the model or dataset can't be had, or the loss is not finite.
     """
     run.check_new()
-    trainer = Trainer(recipe, run)
+    trainer = Trainer(recipe, run, tracker)
     if trainer.accelerator.is_main_process:
         run.create(recipe, recipe_name, trainer.data)
     return _fit_and_measure(trainer)
 
 
-def resume(run: Run) -> Metrics:
+def resume(run: Run, tracker: Optional[Tracker] = None) -> Metrics:
     """Go on with a run by its own recipe, from its last checkpoint.
 
     Returns:
@@ -311,7 +318,7 @@ def resume(run: Run) -> Metrics:
     """
     if 'results' in run.record():
         raise TimmHamError(f'{run.folder} is finished: start a new run, or export it by timm-ham export {run.folder}')
-    return _fit_and_measure(Trainer(run.recipe(), run))
+    return _fit_and_measure(Trainer(run.recipe(), run, tracker))
 
 
 def _fit_and_measure(trainer: Trainer) -> Metrics:
@@ -319,5 +326,8 @@ def _fit_and_measure(trainer: Trainer) -> Metrics:
     if accelerator.is_main_process:
         run.note(starts=[*run.record()['starts'], environment(accelerator.num_processes, accelerator.device)])
     accelerator.wait_for_everyone()
+    start_tracking(accelerator, trainer.tracker, run, trainer.recipe)
     trainer.fit()
-    return trainer.finish()
+    metrics = trainer.finish()
+    accelerator.end_training()
+    return metrics
