@@ -78,7 +78,7 @@ def classification(logits: torch.Tensor, labels: torch.Tensor) -> Dict[str, Any]
         labels: int64 (N,).
     """
     logits = logits.double()
-    top1, top5 = (value.item() / 100 for value in accuracy(logits, labels, (1, 5)))
+    top1, top5 = (round(value.item() / 100, 6) for value in accuracy(logits, labels, (1, 5)))
     confusion = confusion_matrix(labels, logits.argmax(1), labels=range(logits.shape[1]))
     # A class without images has no accuracy.
     per_class = [row[index] / row.sum() if row.sum() else None for index, row in enumerate(confusion)]
@@ -184,6 +184,7 @@ def describe(quality: Dict[str, Any]) -> str:
 
 
 def _draw(quality: Dict[str, Any], title: str, path: Path) -> None:
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     classes = len(quality['label_names'])
@@ -194,7 +195,13 @@ def _draw(quality: Dict[str, Any], title: str, path: Path) -> None:
     share = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
     few = classes <= MANY_CLASSES
     ConfusionMatrixDisplay(share, display_labels=quality['label_names']).plot(
-        ax=left, include_values=few, cmap='Blues', values_format='.1f', xticks_rotation=90, text_kw={'fontsize': 7}
+        ax=left,
+        include_values=few,
+        cmap='Blues',
+        values_format='.1f',
+        xticks_rotation=90,
+        text_kw={'fontsize': 7},
+        im_kw={'norm': PowerNorm(0.5, 0, 100)},  # the few mistakes are to be seen
     )
     if not few:
         left.set(xticks=[], yticks=[])
