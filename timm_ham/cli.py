@@ -132,12 +132,13 @@ def _evaluate_fully(
     output: Optional[Path],
     overwrite: bool,
 ) -> None:
+    from timm_ham.models.loading import HUB_PREFIX
     from timm_ham.publishing.verify import find_folder
     from timm_ham.training.quality import QUALITY_FILE, describe, measure_quality, write_quality
 
     weights = find_folder(model)
     folder = output or weights
-    if output is None and model.startswith('hf-hub:'):
+    if output is None and model.startswith(HUB_PREFIX):
         raise TimmHamError(f'{model} lies in a cache: name a folder for the result by --output')
     if (folder / QUALITY_FILE).exists() and not overwrite:
         raise TimmHamError(f'{folder / QUALITY_FILE} exists: replace it by --overwrite, or name a folder by --output')
@@ -512,8 +513,7 @@ def compare_command(
     """
     from timm_ham.training.compare import compare, comparison_table, draw_groups
 
-    if output.exists() and not overwrite:
-        raise TimmHamError(f'{output} exists: replace it by --overwrite, or name another file by --output')
+    _check_new(output, overwrite)
     groups, left_out = compare(runs)
     print(comparison_table(groups, markdown))
     draw_groups(groups, 'Test error', output)
