@@ -559,11 +559,12 @@ def reproduce_command(recipe_name: str) -> Callable[..., None]:
             raise TimmHamError('model, model_args and seed follow from --arch, --attn and --seeds: leave them out')
         rows = () if attn == ('all',) else attn
         task = Reproduction(table, arch, rows, seeds, options, recipe, folder)
-        file = output or folder / f'table{table}-{arch}-{Path(options.dataset).name}.json'
+        file = output or folder / f'table{table}-{arch}-{task.dataset}.json'
         print(describe(task.go(file, train)))
         print(f'written to {file} and {file.with_suffix(".png")}')
         if card:
             write_card(card, file.parent)
+            print(f'comparison put into {card}')
 
     return command
 

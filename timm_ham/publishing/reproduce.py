@@ -76,6 +76,11 @@ class Reproduction:
             raise TimmHamError(f'{self.seeds} seeds are none: give at least 1')
 
     @property
+    def dataset(self) -> str:
+        """As a run's record calls it: the last part of an id or a path."""
+        return Path(self.recipe.dataset).name
+
+    @property
     def rows(self) -> Tuple[str, ...]:
         """The attentions, in the paper's order."""
         return tuple(label for label in PAPER_TABLES[self.table][1] if label in self.attentions or not self.attentions)
@@ -105,9 +110,8 @@ class Reproduction:
             for name, value in asdict(wanted).items()
             if found[name] != value and name not in ('compile', 'dataset')
         ]
-        dataset = Path(wanted.dataset).name  # as a run calls it: the last part of an id or a path
-        if record['data']['name'] != dataset:
-            different.append(f'dataset {record["data"]["name"]} instead of {dataset}')
+        if record['data']['name'] != self.dataset:
+            different.append(f'dataset {record["data"]["name"]} instead of {self.dataset}')
         if different:
             raise TimmHamError(f'{run.folder} has {", ".join(different)}: name another --folder, or the same options')
 
@@ -134,7 +138,6 @@ class Reproduction:
         """
         budget = {name: value for name, value in asdict(self.recipe).items() if name not in FREE}
         budget['milestones'] = list(self.recipe.milestones)  # as JSON gives it back
-        dataset = Path(self.recipe.dataset).name
         rows = []
         for label in self.rows:
             runs = []
@@ -143,15 +146,15 @@ class Reproduction:
                 if run.record_file.is_file():
                     self.check(run, self.run_recipe(label, seed))
                     runs += _outcome(run.record())
-            rows.append({'attention': label, 'paper_error': self._paper_error(label, dataset), 'runs': runs})
-        options = command_line(replace(self.recipe, dataset=dataset), self.recipe_name).split()[2:]
+            rows.append({'attention': label, 'paper_error': self._paper_error(label), 'runs': runs})
+        options = command_line(replace(self.recipe, dataset=self.dataset), self.recipe_name).split()[2:]
         chosen = ['--attn', *self.attentions] if self.attentions else []
         command = [f'python scripts/reproduce.py --table {self.table} --arch {self.architecture}', *chosen]
         return {
             'table': self.table,
             'architecture': self.architecture,
             'paper_architecture': self._paper_architecture(),
-            'dataset': dataset,
+            'dataset': self.dataset,
             'seeds': self.seeds,
             'recipe_name': self.recipe_name,
             'command': ' '.join([*command, f'--seeds {self.seeds}', *options]),
@@ -163,10 +166,10 @@ class Reproduction:
         architectures = PAPER_TABLES[self.table][0]
         return self.architecture if self.architecture in architectures else architectures[0]
 
-    def _paper_error(self, label: str, dataset: str) -> Optional[float]:
+    def _paper_error(self, label: str) -> Optional[float]:
         attention, attn_kwargs = _split(label)
         paper = paper_results()[f'{self._paper_architecture()}_{attention}', attn_kwargs]
-        return getattr(paper, f'{dataset}_error', None)
+        return getattr(paper, f'{self.dataset}_error', None)
 
     def go(self, output: Path, train: bool = True) -> Dict[str, Any]:
         """Train what is not there, seed by seed so that pairs are whole early, and write the results after each run.
@@ -191,7 +194,11 @@ class Reproduction:
 
 def launch(words: List[str]) -> int:
     """Run a command of timm-ham in a process of its own; returns its exit status."""
-    return subprocess.run([sys.executable, '-m', 'timm_ham.cli', *words]).returncode
+    process = subprocess.Popen([sys.executable, '-m', 'timm_ham.cli', *words])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # which the training got too: let it say how to go on
+        return process.wait()
 
 
 def _outcome(record: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -285,7 +292,7 @@ def _table(results: Dict[str, Any], markdown: bool) -> str:
         )
     return tabulate(
         rows,
-        ('attention', 'runs', 'test error, %', 'less plain, paired', "paper's best of ten, %", 'less plain, paper'),
+        ('attention', 'runs', 'test error, %', 'minus plain, paired', "paper's best of ten, %", 'minus plain, paper'),
         tablefmt='github' if markdown else 'simple',
         disable_numparse=True,
         colalign=('left', *['right'] * 5),

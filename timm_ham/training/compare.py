@@ -57,7 +57,7 @@ def _by_seed(errors: Sequence[Tuple[int, float]]) -> Dict[int, float]:
 
 
 def paired_differences(errors: Sequence[Tuple[int, float]], plain: Sequence[Tuple[int, float]]) -> Dict[int, float]:
-    """Seed to error less plain's error, for the seeds that both have."""
+    """Seed to error minus plain's error, for the seeds that both have."""
     ours, theirs = _by_seed(errors), _by_seed(plain)
     return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
@@ -117,7 +117,9 @@ def compare(folders: Sequence[Path]) -> Tuple[List[Group], List[str]]:
             continue
         groups.setdefault(json.dumps(_key(record), sort_keys=True), []).append(record)
     if not groups:
-        raise TimmHamError(f'no finished run among {len(folders)} folders ({"; ".join(left_out[:3])}): train one first')
+        raise TimmHamError(
+            f'no finished run among {len(folders)} folders ({"; ".join(left_out[:3]) or "none given"}): train one first'
+        )
     result = []
     for records in groups.values():
         key = {**_key(records[0]), 'model': _plain(records[0]['recipe']['model']), 'model_args': {}}
@@ -161,7 +163,7 @@ def comparison_table(groups: Sequence[Group], markdown: bool = False) -> str:
         'training images',
         'runs',
         'test error, %',
-        'less plain, paired',
+        'minus plain, paired',
         'pairs',
     )
     lines = [
@@ -222,7 +224,7 @@ def draw_groups(
     left.set_yticks(range(len(groups)), names)
     left.set_ylim(len(groups) - 0.5, -0.5)
     left.set_xlabel('test error, %')
-    right.set_xlabel('test error less that of plain with the same seed, %')
+    right.set_xlabel('test error minus that of plain with the same seed, %')
     right.axvline(0, color='gray', linewidth=1)
     for axes in (left, right):
         axes.grid(axis='x', alpha=0.3)
