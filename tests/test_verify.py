@@ -77,7 +77,8 @@ def other_weights(folder):
     state['head.fc.bias'] += 0.01
     save_file(state, folder / 'model.safetensors')
     digest = hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
-    change(folder / 'config.json', lambda config: config.update(weights_sha256=digest))
+    for name in ('config.json', 'quality.json'):
+        change(folder / name, lambda values: values.update(weights_sha256=digest))
 
 
 def claim_more(folder):
@@ -123,6 +124,11 @@ def relicense(folder):
         (lambda folder: (folder / 'golden.json').write_text('[]'), 'golden logits', 'holds no logits'),
         (claim_more, 'card', "'value': 97.0"),
         (relicense, 'card', "has license 'mit'"),
+        (
+            lambda folder: change(folder / 'quality.json', lambda q: q.update(weights_sha256='')),
+            'card',
+            'other weights',
+        ),
         (lambda folder: (folder / 'run.json').write_text('[' * 100_000), 'config', 'RecursionError'),
     ],
 )
