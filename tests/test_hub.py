@@ -17,6 +17,7 @@ from .hub_server import TOKENS
 
 NAME = BUNDLED.name
 UPLOADED = {'README.md', 'config.json', 'model.safetensors', 'golden.json', 'run.json', 'metrics.jsonl', 'curves.png'}
+UPLOADED |= {'quality.json', 'quality.png'}
 WRITER = 'hf_writer'
 
 
