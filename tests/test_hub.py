@@ -72,7 +72,7 @@ def test_interrupted_publishing_goes_on(hub, client, folder, step):
     puts = set(hub.lfs)
     assert client.cli(*words, token=WRITER)[0] == 0
     again = {path.rpartition('/')[2] for path in hub.sent('PUT', '/lfs/')}
-    assert not again & puts and len(again | puts) == 2  # weights and curves, each once
+    assert not again & puts and len(again | puts) == 3  # weights, curves and quality picture, each once
     repo = hub.repos['models', f'org/{NAME}']
     assert len(repo.commits) == 2 and list(repo.tags.values()) == [repo.branches['main']]
 
