@@ -149,7 +149,7 @@ def test_a_run_of_another_kind_is_not_adopted(tmp_path, launched, changed, messa
 def test_other_data_are_not_adopted_and_have_no_figure_of_the_papers(tmp_path):
     other = task(tmp_path, recipe=replace(RECIPE, dataset='me/pets'))
     assert [row['paper_error'] for row in other.results()['rows']] == [None, None]
-    assert 'best of ten' in describe(other.results())
+    assert 'The paper has no figures of pets.' in describe(other.results())
     make_run(tmp_path / 'resnet20_ham.0', 'resnet20_ham', 0, 9.0)
     with pytest.raises(TimmHamError, match='dataset cifar10 instead of pets'):
         other.results()

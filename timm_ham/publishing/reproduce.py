@@ -315,18 +315,21 @@ def _verdict(results: Dict[str, Any]) -> str:
 
 
 def _budget(results: Dict[str, Any]) -> str:
-    budget = results['budget']
+    budget, seeds = results['budget'], results['seeds']
     held_out = f'{budget["holdout"]:.0%} of the training images held out' if budget['holdout'] else 'nothing held out'
-    said = (
-        f'Ours: {budget["epochs"]} epochs of {results["recipe_name"]}, {held_out}, seeds 0 to {results["seeds"] - 1}, '
-        'test error after the last epoch, mean +- standard deviation. '
-        f"The paper's: {PAPER_EPOCHS} epochs, the best of ten runs"
+    ours = (
+        f'Ours: {budget["epochs"]} epochs of {results["recipe_name"]}, {held_out}, '
+        f'{f"seeds 0 to {seeds - 1}" if seeds > 1 else "seed 0"}, test error after the last epoch, '
+        'mean +- standard deviation.'
     )
-    if results['architecture'] != results['paper_architecture']:
-        said += f', and of {results["paper_architecture"]}'
-    if results['architecture'] != results['paper_architecture'] or budget['epochs'] != PAPER_EPOCHS:
-        said += '; budgets differ, so only the order and the differences to plain can be set beside each other'
-    return f'{said}.'
+    if all(row['paper_error'] is None for row in results['rows']):
+        return f'{ours} The paper has no figures of {results["dataset"]}.'
+    same = results['architecture'] == results['paper_architecture']
+    theirs = f"The paper's: {PAPER_EPOCHS} epochs, the best of ten runs"
+    theirs += '' if same else f', and of {results["paper_architecture"]}'
+    if not same or budget['epochs'] != PAPER_EPOCHS:
+        theirs += '; budgets differ, so only the order and the differences to plain can be set beside each other'
+    return f'{ours} {theirs}.'
 
 
 def describe(results: Dict[str, Any], markdown: bool = False) -> str:
