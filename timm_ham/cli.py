@@ -4,6 +4,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +19,14 @@ from timm_ham.errors import TimmHamError
 from timm_ham.inspection.benchmark import Settings
 from timm_ham.inspection.gradcam import METHODS
 from timm_ham.models.weights import NAMESPACE
-from timm_ham.training.recipes import RECIPES, Recipe, named_recipe
+from timm_ham.training.recipes import RECIPES, Recipe, Saving, named_recipe
 
 __all__ = ['main']
 
 DEFAULT_RECIPE = 'digits_quick'
 PAPER_RECIPE = 'cifar_paper'
 DEFAULT_BENCHMARK = Settings()
+DEFAULT_SAVING = Saving()
 
 
 def _printable(text: str) -> str:
@@ -32,15 +34,22 @@ def _printable(text: str) -> str:
     return ''.join(character if character.isprintable() else '?' for character in text)
 
 
-def train_command(recipe_name: str) -> Callable[..., None]:
-    """`timm-ham train`, its options defaulting to the fields of the named recipe."""
-    named = named_recipe(recipe_name)
+def train_command(recipe_name: Optional[str], resumed: Optional[Path]) -> Callable[..., None]:
+    """`timm-ham train`, its options defaulting to the fields of the named recipe, else of the run to go on with."""
+    if resumed and recipe_name is None:
+        from timm_ham.training.run import Run
+
+        named = Run(resumed).recipe()
+    else:
+        named = named_recipe(recipe_name or DEFAULT_RECIPE)
 
     def command(
         options: Annotated[Recipe, tyro.conf.arg(name='')] = named,
-        recipe: Literal[tuple(RECIPES)] = recipe_name,
+        recipe: Literal[tuple(RECIPES)] = recipe_name or DEFAULT_RECIPE,
         run: Optional[Path] = None,
         resume: Optional[Path] = None,
+        change_recipe: bool = False,
+        saving: Annotated[Saving, tyro.conf.arg(name='')] = DEFAULT_SAVING,
         tracker: Optional[Literal['tensorboard', 'trackio']] = None,
     ) -> None:
         """Train a model; leave a run folder and, in it, the folder that timm loads and the Hub takes.
@@ -49,29 +58,36 @@ def train_command(recipe_name: str) -> Callable[..., None]:
             options: Fields of the recipe; the values shown are those of the recipe named by --recipe.
             recipe: Named recipe to start from.
             run: Folder for the run, a new one; runs/<model>.<recipe> if not given.
-            resume: Folder of a run to go on with, from its last finished epoch, by its own recipe.
+            resume: Folder of a run to go on with, from its last checkpoint, by its own recipe.
+            change_recipe: Go on with --resume although other options, or the dataset, are not what it was started with.
+            saving: When the state of the run is written.
             tracker: Send the metrics there too; metrics.jsonl is always written.
         """
-        from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
         from timm_ham.publishing.export import export
         from timm_ham.training import trainer
-        from timm_ham.training.run import Run, new_run_folder
+        from timm_ham.training.processes import start_processes
+        from timm_ham.training.run import Run, new_run_folder, writing
+        from timm_ham.training.stopping import StoppedError
 
-        if resume and (options != named or run):
-            raise TimmHamError(f'--resume goes on by the recipe of {resume}: leave the other options out')
-        state = PartialState()
+        if resume and run:
+            raise TimmHamError(f'--resume goes on in {resume}: leave --run out')
+        state = start_processes()
         folder = resume or run or new_run_folder(options, recipe)
         started = Run(Path(broadcast_object_list([str(folder)])[0]))
         try:
-            metrics = trainer.resume(started, tracker) if resume else trainer.train(options, recipe, started, tracker)
-        except KeyboardInterrupt:
+            if resume:
+                metrics = trainer.resume(started, options, change_recipe, saving, tracker)
+            else:
+                metrics = trainer.train(options, recipe, started, saving, tracker)
+        except (KeyboardInterrupt, StoppedError) as stop:
             if state.is_main_process and started.record_file.is_file():
                 print(f'\nstopped: go on by timm-ham train --resume {started.folder}', file=sys.stderr)
-            sys.exit(130)
+            sys.exit(128 + (stop.signal if isinstance(stop, StoppedError) else signal.SIGINT))
         if state.is_main_process:
-            folder = export(started, started.folder)
+            with writing(started.folder):
+                folder = export(started, started.folder)
             print(f'test accuracy  {metrics.accuracy:.2%} of {metrics.images} images, after the last epoch')
             print(f'curves         {started.curves_file}')
             print(f'weights        {folder}/, read back by timm: the logits are identical')
@@ -584,10 +600,10 @@ def autoload_command(action: Annotated[Literal['on', 'off', 'status'], tyro.conf
         print(f'on, by {file}' if file else 'off: scripts need `import timm_ham`')
 
 
-def commands(recipe_name: Optional[str]) -> Dict[str, Callable[..., None]]:
+def commands(recipe_name: Optional[str], resumed: Optional[Path]) -> Dict[str, Callable[..., None]]:
     """The commands by name."""
     return {
-        'train': train_command(recipe_name or DEFAULT_RECIPE),
+        'train': train_command(recipe_name, resumed),
         'compare': compare_command,
         'reproduce': reproduce_command(recipe_name or PAPER_RECIPE),
         'evaluate': evaluate_command,
@@ -613,9 +629,11 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     # The recipe is needed before the rest is parsed: its values are the defaults of the other options.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument('--recipe')
+    finder.add_argument('--recipe', nargs='?')
+    finder.add_argument('--resume', nargs='?', type=Path)
     try:
-        chosen = commands(finder.parse_known_args(args)[0].recipe)
+        found = finder.parse_known_args(args)[0]
+        chosen = commands(found.recipe, found.resume)
         tyro.extras.subcommand_cli_from_dict(chosen, prog='timm-ham', description=__doc__, args=args)
     except TimmHamError as error:
         print(f'timm-ham: {_printable(str(error))}', file=sys.stderr)

@@ -87,25 +87,33 @@ class TrainBatches:
         """Batches in an epoch."""
         return len(self.split) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        """Yields images, float32 (b, C, H, W) in channels_last memory format, and labels, int64 (b,)."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Yields images, float32 (b, C, H, W) in channels_last memory format, and labels, int64 (b,).
+
+        Args:
+            epoch: Number of the epoch.
+            first: Batches to leave out at the beginning, which an earlier process has had; the rest stays the same.
+        """
         # Drawn on the CPU for all processes alike, from a stream of this epoch alone: resuming needs no saved state.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.split), generator=generator)
-        for batch in order.split(self.batch_size)[: len(self)]:
+        for step, batch in enumerate(order.split(self.batch_size)[: len(self)]):
             offsets = torch.randint(2 * self.padding + 1, (self.batch_size, 2), generator=generator)
             flips = torch.rand(self.batch_size, generator=generator) < 0.5
-            batch, offsets, flips = (
-                draw[self.rank :: self.processes].to(self.split.images.device) for draw in (batch, offsets, flips)
+            places = torch.rand(self.batch_size, 2, generator=generator) if self.cutout else offsets
+            if step < first:
+                continue
+            batch, offsets, flips, places = (
+                draw[self.rank :: self.processes].to(self.split.images.device)
+                for draw in (batch, offsets, flips, places)
             )
             images = self.split.images[batch]
             if self.padding or self.flip:
                 images = random_crop_flip(images, offsets, flips if self.flip else None, self.padding)
             images = normalize(images, self.mean, self.std)
             if self.cutout:
-                sides = torch.tensor(images.shape[2:])
-                centers = (torch.rand(self.batch_size, 2, generator=generator) * sides).long()
-                images = cutout(images, centers[self.rank :: self.processes].to(images.device), self.cutout)
+                sides = torch.tensor(images.shape[2:], device=images.device)
+                images = cutout(images, (places * sides).long(), self.cutout)
             yield images, self.split.labels[batch]
 
 

@@ -61,6 +61,11 @@ class DataInfo:
     std: Tuple[float, ...]
     sizes: Dict[str, int]
 
+    @classmethod
+    def from_json(cls, values: Dict[str, Any]) -> 'DataInfo':
+        """The facts whose `asdict` went through JSON, which has no tuples."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
 
 def _digits() -> datasets.DatasetDict:
     """The 1797 real handwritten digits of scikit-learn, 8x8 in 17 grey levels, resized to 32x32. Needs no network."""

@@ -12,6 +12,7 @@ from timm_ham.errors import TimmHamError
 from timm_ham.models.loading import load_model
 from timm_ham.training.batches import eval_batches
 from timm_ham.training.data import OpenDataset, Split, open_dataset
+from timm_ham.training.processes import start_processes
 
 __all__ = ['Metrics', 'check_classes', 'evaluate', 'evaluate_split', 'load_for', 'measure']
 
@@ -112,6 +113,7 @@ def measure(
         TimmHamError: If weights or dataset can't be had, or their numbers of classes differ.
     """
     model, data = load_for(name, dataset, image_column, label_column)
+    start_processes()
     accelerator = Accelerator()
     images = data.decode(split).to(accelerator.device)
     cfg = model.pretrained_cfg

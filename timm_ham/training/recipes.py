@@ -8,7 +8,7 @@ import tyro
 
 from timm_ham.errors import TimmHamError
 
-__all__ = ['RECIPES', 'Recipe', 'changes', 'named_recipe']
+__all__ = ['RECIPES', 'Recipe', 'Saving', 'changes', 'differences', 'named_recipe']
 
 
 def _json_object(words: List[str]) -> Dict[str, Any]:
@@ -79,8 +79,13 @@ class Recipe:
     """Share of the target spread evenly over all classes."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is measured and exported. 0: none."""
-    precision: Literal['auto', 'bf16', 'fp32'] = 'fp32'
-    """bf16: autocast to bfloat16. auto: bf16 where the processor computes in it, else fp32."""
+    precision: Literal['auto', 'bf16', 'fp16', 'fp32'] = 'fp32'
+    """bf16: autocast to bfloat16. fp16: to float16 with a scaled loss, on GPUs. auto: bf16 where the processor
+    computes in it, else fp32."""
+    accumulation: int = 1
+    """Parts in which each process works through its share of a batch, for less memory."""
+    sync_batch_norm: bool = False
+    """Batch norm statistics over the batches of all processes, not over those of each."""
     channels_last: bool = False
     """Keep feature maps in channels_last memory format."""
     compile: bool = False
@@ -92,6 +97,17 @@ class Recipe:
     def from_json(cls, values: Dict[str, Any]) -> 'Recipe':
         """The recipe whose `asdict` went through JSON, which has no tuples."""
         return cls(**{**values, 'milestones': tuple(values['milestones'])})
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When the state of a run is written. It changes nothing about the weights that come out."""
+
+    checkpoint_steps: int = 0
+    """Steps between checkpoints inside an epoch. 0: none, as each epoch ends with one, and a run that is told to stop
+    (Ctrl-C, SIGTERM) writes one first; set it where an epoch takes longer than you would want to repeat."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep. A damaged one is passed over for the one before."""
 
 
 PAPER = Recipe(
@@ -141,7 +157,12 @@ def named_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def differences(old: Recipe, new: Recipe) -> Dict[str, Tuple[Any, Any]]:
+    """The fields in which two recipes differ, with both values."""
+    values, others = asdict(old), asdict(new)
+    return {field: (value, others[field]) for field, value in values.items() if value != others[field]}
+
+
 def changes(recipe: Recipe, name: str) -> Dict[str, Any]:
     """The fields in which a recipe differs from the named one."""
-    named = asdict(named_recipe(name))
-    return {field: value for field, value in asdict(recipe).items() if value != named[field]}
+    return {field: value for field, (_, value) in differences(named_recipe(name), recipe).items()}

@@ -1,23 +1,24 @@
 """A run's folder: what was asked for, where it ran, what came out.
 
-run.json            recipe, dataset, environment of each start, and the results once it is finished
-metrics.jsonl       a line for each epoch
-curves.png          the same as a picture
-checkpoint-<n>/     the state after n epochs, to go on from
-model.safetensors   the final weights
-tensorboard/        the metrics once more, if asked for
+run.json                      recipe, dataset, environment of each start, and the results once it is finished
+metrics.jsonl                 a line for each epoch
+curves.png                    the same as a picture
+checkpoint-<n>.safetensors    the state after n steps, to go on from
+model.safetensors             the final weights
+tensorboard/                  the metrics once more, if asked for
 """
 
 import json
 import os
 import platform
-import shutil
+import re
 import subprocess
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 
@@ -26,9 +27,10 @@ from timm_ham.errors import TimmHamError
 from timm_ham.training.data import DataInfo
 from timm_ham.training.recipes import Recipe
 
-__all__ = ['Run', 'environment', 'new_run_folder']
+__all__ = ['Run', 'environment', 'new_run_folder', 'write_file', 'writing']
 
-CHECKPOINT = 'checkpoint-'
+RECORD = 'run.json'
+CHECKPOINT = re.compile(r'checkpoint-(\d+)\.safetensors')
 PACKAGES = ('torch', 'timm', 'accelerate', 'datasets', 'huggingface_hub', 'safetensors')
 
 
@@ -83,15 +85,33 @@ def _git_commit() -> Optional[str]:
     return described.stdout.strip()
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write by renaming, so that a reader or a kill never meets half a file."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)
+def write_file(path: Path, data: bytes) -> None:
+    """Write to the disk under another name, then rename: no reader, kill or power cut ever leaves half a file."""
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        with part.open('wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=2) + '\n')
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + '\n').encode()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses to write to a run's folder into a TimmHamError, of one line."""
+    try:
+        yield
+    except OSError as error:
+        begun = (folder / RECORD).is_file()
+        advice = f'nothing before it is lost, go on by timm-ham train --resume {folder}' if begun else 'or choose --run'
+        what = error.filename or folder
+        raise TimmHamError(f'{what} can not be written ({error.strerror}): see to that; {advice}') from error
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,7 @@ class Run:
     @property
     def record_file(self) -> Path:
         """What was asked for, where it ran, what came out."""
-        return self.folder / 'run.json'
+        return self.folder / RECORD
 
     @property
     def metrics_file(self) -> Path:
@@ -130,10 +150,10 @@ class Run:
     def create(self, recipe: Recipe, recipe_name: str, data: DataInfo) -> None:
         """Make the folder and note what will be trained; `recipe_name` is the recipe that `recipe` was made from."""
         self.check_new()
-        self.folder.mkdir(parents=True)
-        _write_json(
-            self.record_file, {'recipe_name': recipe_name, 'recipe': asdict(recipe), 'data': asdict(data), 'starts': []}
-        )
+        record = {'recipe_name': recipe_name, 'recipe': asdict(recipe), 'data': asdict(data), 'starts': []}
+        with writing(self.folder):
+            self.folder.mkdir(parents=True)
+            write_file(self.record_file, _json(record))
 
     def record(self) -> Dict[str, Any]:
         """All that run.json holds.
@@ -148,7 +168,8 @@ class Run:
 
     def note(self, **values: Any) -> None:
         """Add to run.json."""
-        _write_json(self.record_file, {**self.record(), **values})
+        with writing(self.folder):
+            write_file(self.record_file, _json({**self.record(), **values}))
 
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
@@ -156,8 +177,7 @@ class Run:
 
     def data(self) -> DataInfo:
         """The facts about the dataset."""
-        values = self.record()['data']
-        return DataInfo(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return DataInfo.from_json(self.record()['data'])
 
     def metrics(self) -> List[Dict[str, float]]:
         """The lines of metrics.jsonl, in the order of the epochs."""
@@ -167,25 +187,18 @@ class Run:
 
     def write_metrics(self, lines: List[Dict[str, float]]) -> None:
         """Replace metrics.jsonl."""
-        _write_text(self.metrics_file, ''.join(json.dumps(line) + '\n' for line in lines))
+        write_file(self.metrics_file, ''.join(json.dumps(line) + '\n' for line in lines).encode())
 
     def checkpoints(self) -> List[Path]:
-        """Complete checkpoints, oldest first."""
-        found = [path for path in self.folder.glob(f'{CHECKPOINT}*') if path.name[len(CHECKPOINT) :].isdigit()]
-        return sorted(found, key=checkpoint_epoch)
+        """The checkpoints, oldest first."""
+        steps = {path: CHECKPOINT.fullmatch(path.name) for path in self.folder.glob('checkpoint-*')}
+        return sorted((path for path, found in steps.items() if found), key=lambda path: int(steps[path][1]))
 
-    def checkpoint(self, epoch: int) -> Path:
-        """Where the state after `epoch` epochs belongs."""
-        return self.folder / f'{CHECKPOINT}{epoch}'
+    def checkpoint(self, steps: int) -> Path:
+        """Where the state after that many steps belongs."""
+        return self.folder / f'checkpoint-{steps}.safetensors'
 
-    def keep_last_checkpoint(self) -> None:
-        """Remove all checkpoints but the last, and what a kill left half-written."""
-        last = self.checkpoints()[-1:]
-        for path in self.folder.glob(f'{CHECKPOINT}*'):
-            if path not in last:
-                shutil.rmtree(path)
-
-
-def checkpoint_epoch(checkpoint: Path) -> int:
-    """The number of finished epochs that a checkpoint was written after."""
-    return int(checkpoint.name[len(CHECKPOINT) :])
+    def keep_checkpoints(self, count: int) -> None:
+        """Remove all checkpoints but the last ones, and what a kill left half-written."""
+        for path in [*self.checkpoints()[:-count], *self.folder.glob('*.part')]:
+            path.unlink()
