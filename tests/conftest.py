@@ -62,16 +62,21 @@ def save_parquet(folder, **splits):
     return folder
 
 
-@pytest.fixture
-def tiny_folder(tmp_path):
-    """Two classes of 8x8 images that brightness tells apart, 192 for training and 16 for the test."""
+def make_tiny(folder):
+    """Two classes of 8x8 images that brightness tells apart, 192 for training and 16 for the test, as parquet."""
 
     def split(count, seed):
         labels = [i % 2 for i in range(count)]
         pixels = np.random.default_rng(seed).integers(0, 128, (count, 8, 8, 3), dtype=np.uint8)
         return make_dataset([Image.fromarray(p + np.uint8(128 * y)) for p, y in zip(pixels, labels)], labels)
 
-    return save_parquet(tmp_path / 'tiny', train=split(192, 0), test=split(16, 1))
+    return save_parquet(folder, train=split(192, 0), test=split(16, 1))
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    """The folder of `make_tiny`."""
+    return make_tiny(tmp_path / 'tiny')
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_train_evaluate_export(tiny_folder, tmp_path, monkeypatch, capsys, fresh
         (['list', 'resnet19*'], "no model is called 'resnet19*'"),
         (['complexity', 'ham'], "no model is called 'ham'"),
         (['train', '--resume', 'nowhere'], 'nowhere is not the folder of a run'),
-        (['train', '--resume', 'nowhere', '--epochs', '3'], 'leave the other options out'),
+        (['train', '--resume', 'nowhere', '--run', 'other'], 'nowhere is not the folder of a run'),
         (['evaluate', 'resnet20_plain'], "no weights for 'resnet20_plain': choose from"),
         (['export', 'nowhere'], 'nowhere is not the folder of a run'),
     ],
@@ -107,12 +107,13 @@ def test_help_names_every_option_with_the_recipes_value(capsys):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    """Ctrl-C after an epoch: exit status 130, and the command that is printed finishes the run."""
-    start = [sys.executable, '-m', 'timm_ham.cli', 'train', '--model', 'resnet20_plain', '--epochs', '4', '--run', 'r']
+    """Ctrl-C: exit status 130, and the command that is printed finishes the run, from the step it was at."""
+    start = [sys.executable, '-m', 'timm_ham.cli', 'train', '--model', 'resnet20_plain', '--epochs', '2', '--run', 'r']
+    start += ['--checkpoint-steps', '4']
     log = tmp_path / 'log'
     with log.open('w') as stderr:
         process = subprocess.Popen(start, cwd=tmp_path, stderr=stderr, stdout=subprocess.DEVNULL)
-        while not (tmp_path / 'r/checkpoint-1').is_dir():
+        while not list(tmp_path.glob('r/checkpoint-*.safetensors')):
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -123,5 +124,5 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert 'resnet20_plain, 269,722 parameters, on digits (1293 train, 144 holdout, 360 test)' in done.stderr
-    assert 'after epoch' in done.stderr and 'epoch 4/4' in done.stderr and 'epoch 1/4' not in done.stderr
+    assert 'after epoch 0 and ' in done.stderr and 'epoch 2/2' in done.stderr
     assert 'test accuracy' in done.stdout
