@@ -5,9 +5,9 @@ model = timm.create_model('resnet20_ham', pretrained=True)
 """
 
 from timm_ham.errors import TimmHamError
-from timm_ham.inspection.maps import HamMaps, inspect
 from timm_ham.layers import ABLATIONS, ATTENTIONS, HybridAttention, RecurrentCrissCrossAttention, set_fused
 from timm_ham.models import ARCHITECTURES, MODELS, ResidualNetwork, add_attention, fuse
+from timm_ham.models.maps import HamMaps, inspect
 
 __all__ = [
     'ABLATIONS',

@@ -430,8 +430,8 @@ def attention_command(
     from timm_ham.inspection.drawing import draw_attention
     from timm_ham.inspection.gradcam import seen_by
     from timm_ham.inspection.images import open_image
-    from timm_ham.inspection.maps import inspect
     from timm_ham.models.loading import load_classifier
+    from timm_ham.models.maps import inspect
 
     _check_new(output, overwrite)
     opened, classifier = open_image(image), load_classifier(model)

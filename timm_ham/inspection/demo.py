@@ -13,9 +13,9 @@ from timm_ham.errors import TimmHamError
 from timm_ham.inspection.drawing import draw_attention, draw_gradcam
 from timm_ham.inspection.gradcam import explain, short_names
 from timm_ham.inspection.images import open_image
-from timm_ham.inspection.maps import ham_modules, inspect
 from timm_ham.inspection.predict import predict
 from timm_ham.models.loading import load_classifier
+from timm_ham.models.maps import ham_modules, inspect
 from timm_ham.models.weights import hub_folders
 
 try:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from timm_ham.inspection.gradcam import Explanation
-from timm_ham.inspection.maps import HamMaps
+from timm_ham.models.maps import HamMaps
 
 __all__ = ['draw_attention', 'draw_gradcam']
 
