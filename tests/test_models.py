@@ -51,6 +51,7 @@ def over_the_registry(chosen):
 PAPERS = {f'{architecture}_{attention}' for architecture in ARCHITECTURES for attention in ATTENTIONS}
 every_model = over_the_registry(PAPERS | SOME)
 some_models = over_the_registry(SOME)  # habits that cost time and do not depend on the depth
+few_models = over_the_registry({'resnet20_ham', 'resnet18_rcca'})  # a habit that costs seconds
 
 
 def build(name, seed=0, **kwargs):
@@ -99,7 +100,7 @@ def test_ham_adds_k_and_102_parameters_to_each_block_and_nothing_else(architectu
     assert set(dict(plain.named_parameters())) == {n for n, _ in ham.named_parameters() if '.se.' not in n}
 
 
-@every_model
+@some_models
 def test_forward_and_backward(name):
     model = build(name, num_classes=42, in_chans=1)
     logits = model(images(channels=1))
@@ -127,7 +128,7 @@ def test_default_cfg_is_true_to_the_model(name):
     assert config['input_size'] == (3, size, size) and config['mean'] == pytest.approx(mean, abs=2e-4)
 
 
-@every_model
+@some_models
 def test_features_only(name):
     model = build(name, features_only=True).eval()
     reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
@@ -141,7 +142,7 @@ def test_features_only(name):
         assert all(torch.equal(a, b) for a, b in zip(last_two(x), features[2:]))
 
 
-@every_model
+@some_models
 def test_reset_classifier(name):
     model = build(name).eval()
     x = images()
@@ -205,7 +206,7 @@ def test_script_and_fx(name):
     assert all(parameter.grad is not None for parameter in traced.parameters())
 
 
-@some_models
+@few_models
 def test_export_with_any_batch_size(name):
     model = build(name).eval()
     exported = torch.export.export(model, (images(4),), dynamic_shapes={'x': {0: torch.export.Dim('batch')}}).module()
@@ -213,7 +214,7 @@ def test_export_with_any_batch_size(name):
         torch.testing.assert_close(exported(images(batch)), model(images(batch)))
 
 
-@every_model
+@some_models
 def test_channels_last_is_kept(name):
     # In float64: an untrained network of a hundred layers makes a large error out of a rounding.
     model = build(name, features_only=True).double().eval()
