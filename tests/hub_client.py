@@ -70,10 +70,11 @@ def golden(name, **keywords):
 
 def open_dataset(name):
     """Sizes and class names of a dataset, by the training's own way to it."""
-    from timm_ham.training.data import open_dataset
+    from timm_ham.training.data import decode
+    from timm_ham.training.sources import open_dataset
 
     data = open_dataset(name)
-    images = data.decode('test').images
+    images = decode(data.part('test')).images
     return data.source, data.label_names, tuple(images.shape)
 
 

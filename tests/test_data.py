@@ -8,9 +8,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_ham import TimmHamError
-from timm_ham.training.data import DATASETS, load_splits, open_dataset
+from timm_ham.training.data import decode, decode_parts
+from timm_ham.training.sources import DATASETS, open_dataset
 
 from .conftest import make_dataset, random_images, save_parquet
+
+
+def load_splits(name, holdout=0.0, test_share=0.0, **columns):
+    opened = open_dataset(name, **columns)
+    return decode_parts(opened, opened.parts(holdout, test_share))
 
 
 def as_set(split):
@@ -153,10 +159,8 @@ def test_empty_split(tmp_path, monkeypatch, empty):
         load_splits(str(save_parquet(tmp_path / 'd', **splits)))
 
 
-def test_missing_splits(tmp_path):
+def test_no_training_split(tmp_path):
     data = make_dataset(random_images(2), [0, 1])
-    with pytest.raises(TimmHamError, match='has no test split, only train'):
-        load_splits(str(save_parquet(tmp_path / 'a', train=data)))
     with pytest.raises(TimmHamError, match='has no train split, only test'):
         load_splits(str(save_parquet(tmp_path / 'b', test=data)))
 
@@ -174,7 +178,9 @@ def test_label_out_of_range(tmp_path):
 def test_images_of_several_sizes(tmp_path):
     images = [*random_images(2), *random_images(1, size=(9, 8))]
     folder = save_parquet(tmp_path / 'd', train=make_dataset(images, [0, 1, 1]), test=make_dataset(images[:1], [0]))
-    with pytest.raises(TimmHamError, match="image 2 of split 'train' is 8x9, but the first is 8x8"):
+    with pytest.raises(
+        TimmHamError, match=r"row 2 of split 'train' is 8x9, but the first image is 8x8: .* --image-size"
+    ):
         load_splits(str(folder))
 
 
@@ -188,8 +194,12 @@ def test_unreadable_image(tmp_path, content):
     rows[1] = None if content is None else {'bytes': content, 'path': None}
     bad = datasets.Dataset.from_dict({'image': rows, 'label': [0, 1]}, features=good.features)
     folder = save_parquet(tmp_path / 'd', train=bad, test=good)
-    with pytest.raises(TimmHamError, match="image 1 of split 'train' can not be read"):
+    with pytest.raises(TimmHamError, match=r"1 image can not be read \(row 1 of split 'train': .*by --bad-images skip"):
         load_splits(str(folder))
+    opened = open_dataset(str(folder))
+    with pytest.warns(UserWarning, match=r'1 image can not be read \(row 1 .*1 in all so far: left out'):
+        split = decode(opened.part('train'), 'skip')
+    assert np.array_equal(split.images[0].numpy(), np.asarray(random_images(2)[0])) and split.labels.tolist() == [0]
 
 
 @pytest.mark.parametrize('holdout, message', [(-0.1, 'at least 0'), (1.0, 'less than 1'), (0.001, 'change holdout')])
@@ -203,7 +213,7 @@ def test_one_split_can_be_decoded_alone(tiny_folder, monkeypatch):
     opened = open_dataset(str(tiny_folder))
     whole = load_splits(str(tiny_folder))[1]
     monkeypatch.delitem(opened.splits, 'train')
-    assert torch.equal(opened.decode('test').images, whole['test'].images)
+    assert torch.equal(decode(opened.part('test')).images, whole['test'].images)
     assert opened.label_names == ('cat', 'dog')
 
 

@@ -111,7 +111,7 @@ def check_equal(whole, cut, metrics):
     'place, call',
     [
         ((trainer.Trainer, 'train_step'), 6),  # inside the first epoch
-        ((trainer, 'evaluate_split'), 1),  # trained, but not measured
+        ((trainer, 'evaluate'), 1),  # trained, but not measured
         ((run_module.os, 'fsync'), 4),  # a checkpoint is written, but has not got its name
         ((trainer, 'draw_curves'), 2),  # the metrics are there, the picture and the checkpoint are not
         ((Run, 'keep_checkpoints'), 3),

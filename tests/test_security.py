@@ -17,9 +17,9 @@ from timm_ham.models.loading import load_model
 from timm_ham.publishing.card import model_card
 from timm_ham.publishing.export import export
 from timm_ham.publishing.golden import golden_logits
-from timm_ham.training.data import open_dataset
 from timm_ham.training.recipes import RECIPES
 from timm_ham.training.run import Run, environment
+from timm_ham.training.sources import open_dataset
 from timm_ham.training.trainer import build_model
 
 from . import hub_client

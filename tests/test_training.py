@@ -55,6 +55,12 @@ def test_the_paper_recipe_is_the_papers():
         assert rate == pytest.approx(0.1 / 5 ** sum(epoch >= milestone for milestone in (60, 120, 160)))
 
 
+def test_the_stl10_recipe_is_the_papers():
+    recipe = named_recipe('stl10_paper')
+    differing = dict(dataset='stl10', model='resnet18_ham', test_share=0.3, batch_size=64, crop_padding=12)
+    assert replace(named_recipe('cifar_paper'), **differing) == recipe
+
+
 def test_the_fast_recipe_warms_up_and_ends_at_zero():
     recipe = named_recipe('cifar_fast')
     optimizer = trainer.build_optimizer(recipe, timm.create_model('resnet20_ham'))

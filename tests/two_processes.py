@@ -74,7 +74,7 @@ def main(data, folder):
     for name in CASES:
         it = two_steps(name, data, folder)
     maps = Path('/proc/self/maps').read_text() if Path('/proc/self/maps').is_file() else None
-    images = it.splits['train'].images
+    images = it.batches.split.images
     report = dict(mapped=maps and any('timm_ham/' in line and '.safetensors' in line for line in maps.splitlines()))
     report['images'] = len(images)
     (folder / f'memory.{it.accelerator.process_index}.json').write_text(json.dumps(report))

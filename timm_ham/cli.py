@@ -25,8 +25,10 @@ __all__ = ['main']
 
 DEFAULT_RECIPE = 'digits_quick'
 PAPER_RECIPE = 'cifar_paper'
+DEFAULT_FINETUNE = 'finetune'
 DEFAULT_BENCHMARK = Settings()
 DEFAULT_SAVING = Saving()
+Tracker = Literal['tensorboard', 'trackio']
 
 
 def _printable(text: str) -> str:
@@ -50,7 +52,7 @@ def train_command(recipe_name: Optional[str], resumed: Optional[Path]) -> Callab
         resume: Optional[Path] = None,
         change_recipe: bool = False,
         saving: Annotated[Saving, tyro.conf.arg(name='')] = DEFAULT_SAVING,
-        tracker: Optional[Literal['tensorboard', 'trackio']] = None,
+        tracker: Optional[Tracker] = None,
     ) -> None:
         """Train a model; leave a run folder and, in it, the folder that timm loads and the Hub takes.
 
@@ -63,38 +65,86 @@ def train_command(recipe_name: Optional[str], resumed: Optional[Path]) -> Callab
             saving: When the state of the run is written.
             tracker: Send the metrics there too; metrics.jsonl is always written.
         """
-        from accelerate.utils import broadcast_object_list
-
-        from timm_ham.publishing.export import export
-        from timm_ham.training import trainer
-        from timm_ham.training.processes import start_processes
-        from timm_ham.training.run import Run, new_run_folder, writing
-        from timm_ham.training.stopping import StoppedError
-
-        if resume and run:
+        if not resume:
+            return train_and_export(options, recipe, run, saving, tracker)
+        if run:
             raise TimmHamError(f'--resume goes on in {resume}: leave --run out')
-        state = start_processes()
-        folder = resume or run or new_run_folder(options, recipe)
-        started = Run(Path(broadcast_object_list([str(folder)])[0]))
-        try:
-            if resume:
-                metrics = trainer.resume(started, options, change_recipe, saving, tracker)
-            else:
-                metrics = trainer.train(options, recipe, started, saving, tracker)
-        except (KeyboardInterrupt, StoppedError) as stop:
-            if state.is_main_process and started.record_file.is_file():
-                print(f'\nstopped: go on by timm-ham train --resume {started.folder}', file=sys.stderr)
-            sys.exit(128 + (stop.signal if isinstance(stop, StoppedError) else signal.SIGINT))
-        if state.is_main_process:
-            with writing(started.folder):
-                folder = export(started, started.folder)
-            print(f'test accuracy  {metrics.accuracy:.2%} of {metrics.images} images, after the last epoch')
-            print(f'curves         {started.curves_file}')
-            print(f'weights        {folder}/, read back by timm: the logits are identical')
-            print(f"load           timm.create_model('local-dir:{folder}', pretrained=True)")
-            print(f'register       timm-ham export {started.folder}')
+        from timm_ham.training import trainer
+
+        finish_and_export(resume, lambda started: trainer.resume(started, options, change_recipe, saving, tracker))
 
     return command
+
+
+def finetune_command(recipe_name: str) -> Callable[..., None]:
+    """`timm-ham finetune`, its options defaulting to the fields of the named recipe."""
+    named = named_recipe(recipe_name)
+
+    def command(
+        weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='WEIGHTS')],
+        /,
+        options: Annotated[Recipe, tyro.conf.arg(name='')] = named,
+        recipe: Literal[tuple(RECIPES)] = recipe_name,
+        run: Optional[Path] = None,
+        saving: Annotated[Saving, tyro.conf.arg(name='')] = DEFAULT_SAVING,
+        tracker: Optional[Tracker] = None,
+    ) -> None:
+        """Train from weights on, under a new classifier for the classes of a dataset; go on by timm-ham train --resume.
+
+        Args:
+            weights: Name of pretrained weights, such as resnet20_ham.cifar10, a folder with config.json, or
+                hf-hub:<owner>/<name>. They decide the model.
+            options: Fields of the recipe; the values shown are those of the recipe named by --recipe.
+            recipe: Named recipe to start from.
+            run: Folder for the run, a new one; runs/<model>.<recipe> if not given.
+            saving: When the state of the run is written.
+            tracker: Send the metrics there too; metrics.jsonl is always written.
+        """
+        from timm_ham.training.finetune import from_weights
+
+        if options.weights or options.model != named.model:
+            raise TimmHamError(f'{weights} decides model and weights: leave --model and --weights out')
+        train_and_export(from_weights(options, weights), recipe, run, saving, tracker)
+
+    return command
+
+
+def train_and_export(
+    recipe: Recipe, recipe_name: str, run: Optional[Path], saving: Saving, tracker: Optional[Tracker]
+) -> None:
+    """Train in a new folder, and leave the one that timm loads."""
+    from timm_ham.training import trainer
+    from timm_ham.training.run import new_run_folder
+
+    folder = run or new_run_folder(recipe, recipe_name)
+    finish_and_export(folder, lambda started: trainer.train(recipe, recipe_name, started, saving, tracker))
+
+
+def finish_and_export(folder: Path, train: Callable) -> None:
+    """Train the run of a folder to its end, and leave the folder that timm loads; if stopped, say how to go on."""
+    from accelerate.utils import broadcast_object_list
+
+    from timm_ham.publishing.export import export
+    from timm_ham.training.processes import start_processes
+    from timm_ham.training.run import Run, writing
+    from timm_ham.training.stopping import StoppedError
+
+    state = start_processes()
+    run = Run(Path(broadcast_object_list([str(folder)])[0]))
+    try:
+        metrics = train(run)
+    except (KeyboardInterrupt, StoppedError) as stop:
+        if state.is_main_process and run.record_file.is_file():
+            print(f'\nstopped: go on by timm-ham train --resume {run.folder}', file=sys.stderr)
+        sys.exit(128 + (stop.signal if isinstance(stop, StoppedError) else signal.SIGINT))
+    if state.is_main_process:
+        with writing(run.folder):
+            folder = export(run, run.folder)
+        print(f'test accuracy  {metrics.accuracy:.2%} of {metrics.images} images, after the last epoch')
+        print(f'curves         {run.curves_file}')
+        print(f'weights        {folder}/, read back by timm: the logits are identical')
+        print(f"load           timm.create_model('local-dir:{folder}', pretrained=True)")
+        print(f'register       timm-ham export {run.folder}')
 
 
 def evaluate_command(
@@ -102,19 +152,23 @@ def evaluate_command(
     /,
     dataset: str = 'digits',
     split: Literal['test', 'train'] = 'test',
-    batch_size: int = 500,
+    batch_size: int = 100,
     image_column: Optional[str] = None,
     label_column: Optional[str] = None,
     full: bool = False,
     output: Optional[Path] = None,
     overwrite: bool = False,
+    dataset_config: Optional[str] = None,
+    dataset_revision: Optional[str] = None,
+    test_share: float = 0.0,
+    workers: int = 2,
 ) -> None:
     """Measure weights on a dataset, in float32.
 
     Args:
         model: Name of pretrained weights, such as resnet20_ham.cifar10, a folder with config.json, or
             hf-hub:<owner>/<name>.
-        dataset: digits, cifar10, cifar100, the id of a dataset on the Hub, or a local folder of parquet files.
+        dataset: Any that timm-ham train takes.
         split: Images to measure on.
         batch_size: Images in a batch.
         image_column: Column of the images; found by its type if not given.
@@ -123,6 +177,10 @@ def evaluate_command(
             images; written as quality.json and quality.png.
         output: Folder for these two files; that of the weights if not given.
         overwrite: Replace the two files.
+        dataset_config: Config (subset) of a dataset that has several.
+        dataset_revision: Branch, tag or commit of a dataset on the Hub.
+        test_share: As it was in training.
+        workers: Processes that open images.
     """
     from accelerate import PartialState
 
@@ -131,9 +189,22 @@ def evaluate_command(
     if full:
         if split != 'test':
             raise TimmHamError('--full is measured on the test split: leave --split out')
+        if dataset_config or dataset_revision or test_share:
+            raise TimmHamError('--full takes a dataset as it is: leave config, revision and test share out')
         return _evaluate_fully(model, dataset, batch_size, image_column, label_column, output, overwrite)
 
-    metrics = measure(model, dataset, split, batch_size, image_column, label_column)
+    metrics = measure(
+        model,
+        dataset,
+        split,
+        batch_size,
+        image_column,
+        label_column,
+        dataset_config,
+        dataset_revision,
+        test_share,
+        workers,
+    )
     PartialState().print(
         f'accuracy {metrics.accuracy:.2%}   loss {metrics.loss:.4f} nats   {metrics.images} {split} images'
     )
@@ -391,10 +462,12 @@ def gradcam_command(
     _check_new(output, overwrite)
     pictures = [(path.stem, open_image(path)) for path in images]
     if dataset:
-        from timm_ham.training.data import open_dataset
+        from timm_ham.training.data import decode
+        from timm_ham.training.sources import open_dataset
 
         data = open_dataset(dataset)
-        labelled = data.decode(split, rows)
+        part = data.part(split)
+        labelled = decode(part.take(rows) if rows is not None else part)
         for pixels, label in zip(labelled.images, labelled.labels):
             pictures.append((data.label_names[label], Image.fromarray(pixels.numpy())))
     if not pictures:
@@ -471,16 +544,17 @@ def localization_command(
     from timm_ham.inspection.gradcam import short_names
     from timm_ham.inspection.localization import CHANCE, estimates, localization_table, localize, paste_objects
     from timm_ham.models.loading import load_model
-    from timm_ham.training.data import open_dataset
+    from timm_ham.training.data import decode
     from timm_ham.training.evaluate import check_classes
     from timm_ham.training.run import environment
+    from timm_ham.training.sources import open_dataset
 
     _check_new(output, overwrite)
     networks = {short: load_model(name).eval() for name, short in short_names(models).items()}
     data = open_dataset(dataset)
     for name, network in networks.items():
         check_classes(name, network, data)
-    pasted = paste_objects(data.decode(split), count, seed)
+    pasted = paste_objects(decode(data.part(split)), count, seed)
     found = estimates({name: localize(network, pasted, method) for name, network in networks.items()})
     print(localization_table(found, markdown))
     result = {
@@ -601,9 +675,10 @@ def autoload_command(action: Annotated[Literal['on', 'off', 'status'], tyro.conf
 
 
 def commands(recipe_name: Optional[str], resumed: Optional[Path]) -> Dict[str, Callable[..., None]]:
-    """The commands by name."""
+    """The commands by name; those that train take their defaults from a recipe, their own if None."""
     return {
         'train': train_command(recipe_name, resumed),
+        'finetune': finetune_command(recipe_name or DEFAULT_FINETUNE),
         'compare': compare_command,
         'reproduce': reproduce_command(recipe_name or PAPER_RECIPE),
         'evaluate': evaluate_command,

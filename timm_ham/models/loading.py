@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from timm_ham.errors import TimmHamError
 from timm_ham.models.hub import download
 from timm_ham.models.weights import CONFIG_FILE, MAX_CONFIG_BYTES, check_architecture, hub_folders, read_config
 
-__all__ = ['Classifier', 'load_classifier', 'load_model']
+__all__ = ['Classifier', 'Description', 'describe_weights', 'load_classifier', 'load_model']
 
 HUB_PREFIX = 'hf-hub:'
 FOLDER_PREFIX = 'local-dir:'
@@ -35,26 +35,32 @@ class Classifier:
     label_names: Tuple[str, ...]
 
 
-def load_model(name: str, cache_dir: Union[str, Path, None] = None) -> nn.Module:
-    """A model with its weights.
+@dataclass(frozen=True)
+class Description:
+    """What is known of weights before they are loaded.
 
-    Args:
-        name: A registered name (`resnet20_ham.cifar10`), a folder with config.json, or
-            `hf-hub:<owner>/<name>[@revision]`.
-        cache_dir: For what is downloaded; huggingface_hub's own if None.
-
-    Raises:
-        TimmHamError: If there is no such model, or it has no weights, or they are not whole.
+    model: Registered name of the architecture.
+    model_args: Further arguments that it is made with, but for the number of classes.
+    cfg: timm's pretrained cfg: `input_size`, `mean`, `std` and the like.
     """
+
+    model: str
+    model_args: Dict[str, Any]
+    cfg: Dict[str, Any]
+
+
+def _find(name: str, cache_dir: Union[str, Path, None] = None) -> Tuple[str, Optional[Path]]:
+    """The name as timm takes it, and the checked config.json of a folder or repository."""
     folder = Path(name.removeprefix(FOLDER_PREFIX))
     if (folder / CONFIG_FILE).is_file():
         _check_config(folder / CONFIG_FILE, folder.resolve().name)
-        name = f'{FOLDER_PREFIX}{folder}'
-    elif name.startswith(HUB_PREFIX):
+        return f'{FOLDER_PREFIX}{folder}', folder / CONFIG_FILE
+    if name.startswith(HUB_PREFIX):
         hub_id = name.removeprefix(HUB_PREFIX)
         config = download(hub_id, CONFIG_FILE, cache_dir, MAX_CONFIG_BYTES)
         _check_config(config, hub_id.partition('@')[0].rpartition('/')[2])
-    elif not timm.is_model_pretrained(name):
+        return name, config
+    if not timm.is_model_pretrained(name):
         choices = [
             *(folder.name for folder in hub_folders()),
             f'a folder with {CONFIG_FILE}',
@@ -62,8 +68,34 @@ def load_model(name: str, cache_dir: Union[str, Path, None] = None) -> nn.Module
             'any pretrained model of timm',
         ]
         raise TimmHamError(f'no weights for {name!r}: choose from {", ".join(choices)}')
+    return name, None
+
+
+def describe_weights(name: str, cache_dir: Union[str, Path, None] = None) -> Description:
+    """Model, arguments and cfg of weights, named as for `load_model`; raises as that does."""
+    name, file = _find(name, cache_dir)
+    if file is None:
+        return Description(name.partition('.')[0], {}, timm.get_pretrained_cfg(name).to_dict())
+    config = read_config(file)
+    arguments = {key: value for key, value in config.get('model_args', {}).items() if key != 'num_classes'}
+    return Description(config['architecture'], arguments, config['pretrained_cfg'])
+
+
+def load_model(name: str, cache_dir: Union[str, Path, None] = None, **model_args) -> nn.Module:
+    """A model with its weights.
+
+    Args:
+        name: A registered name (`resnet20_ham.cifar10`), a folder with config.json, or
+            `hf-hub:<owner>/<name>[@revision]`.
+        cache_dir: For what is downloaded; huggingface_hub's own if None.
+        **model_args: For timm.create_model.
+
+    Raises:
+        TimmHamError: If there is no such model, or it has no weights, or they are not whole.
+    """
+    name, _ = _find(name, cache_dir)
     try:
-        return timm.create_model(name, pretrained=True, cache_dir=cache_dir)
+        return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **model_args)
     except (OSError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split('\n')
         raise TimmHamError(f'{name} can not be loaded: {" ".join(reason[:2])}') from error

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -13,10 +14,10 @@ from tabulate import tabulate
 from timm_ham.errors import TimmHamError
 from timm_ham.inspection.complexity import complexity
 from timm_ham.models.weights import CONFIG_FILE, NAMESPACE, hub_folders, read_config
-from timm_ham.training.data import DATASETS, FROM_HUB
 from timm_ham.training.quality import QUALITY_PICTURE, read_quality
 from timm_ham.training.recipes import Recipe, changes
 from timm_ham.training.run import Run
+from timm_ham.training.sources import DATASETS, FROM_HUB
 
 __all__ = ['CARD_FILE', 'GRADCAM_FILE', 'command_line', 'folder_card', 'model_card', 'weights_table']
 
@@ -119,7 +120,7 @@ def model_card(
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id or f'{NAMESPACE}/{name}',
-        recipe=plain['recipe'],
+        recipe=_plain(asdict(recipe)),
         command=' '.join(command_line(recipe, record['recipe_name']).replace('`', "'").split()),
         data=plain['data'],
         results=plain['results'],

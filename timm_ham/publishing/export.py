@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_ham.errors import TimmHamError
-from timm_ham.models.loading import load_model
+from timm_ham.models.loading import HUB_PREFIX, load_model
 from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, WEIGHTS_FILE
 from timm_ham.publishing.card import CARD_FILE, GRADCAM_FILE, folder_card
 from timm_ham.publishing.golden import golden_logits, write_golden
@@ -75,8 +75,12 @@ def export(run: Run, parent: Path, tag: Optional[str] = None, overwrite: bool = 
 
 
 def _public(record: Dict[str, Any]) -> Dict[str, Any]:
-    """The record without the path of a local dataset, which is nobody else's business."""
-    return {**record, 'recipe': {**record['recipe'], 'dataset': record['data']['name']}}
+    """The record without the paths of a local dataset and of local weights, which are nobody else's business."""
+    recipe = {**record['recipe'], 'dataset': record['data']['name']}
+    weights = recipe.get('weights')
+    if weights and not weights.startswith(HUB_PREFIX):
+        recipe['weights'] = Path(weights).name
+    return {**record, 'recipe': recipe}
 
 
 def _trained_model(run: Run, tag: str) -> nn.Module:
@@ -91,6 +95,8 @@ def _trained_model(run: Run, tag: str) -> nn.Module:
         input_size=(3, *data.image_size),
         pool_size=tuple(math.ceil(size / model.feature_info[-1]['reduction']) for size in data.image_size),
         crop_pct=1.0,
+        crop_mode='center',
+        interpolation='bicubic',
         mean=data.mean,
         std=data.std,
         license='apache-2.0',

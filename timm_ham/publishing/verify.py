@@ -24,6 +24,7 @@ from timm_ham.publishing.card import CARD_FILE, GRADCAM_FILE, folder_card
 from timm_ham.publishing.golden import GOLDEN_FILE, golden_error
 from timm_ham.training.evaluate import measure
 from timm_ham.training.quality import QUALITY_FILE, QUALITY_PICTURE
+from timm_ham.training.recipes import Recipe
 from timm_ham.training.run import Run
 
 __all__ = ['FILES', 'Check', 'find_folder', 'verify']
@@ -134,8 +135,16 @@ def _card(folder: Path) -> str:
 
 
 def _accuracy(folder: Path, dataset: str) -> str:
-    stated = Run(folder).record()['results']['test']['accuracy']
-    metrics = measure(str(folder), dataset)
+    record = Run(folder).record()
+    stated, recipe = record['results']['test']['accuracy'], Recipe.from_json(record['recipe'])
+    metrics = measure(
+        str(folder),
+        dataset,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        dataset_config=recipe.dataset_config,
+        test_share=recipe.test_share,
+    )
     text = f'{metrics.accuracy:.2%} of {metrics.images} test images'
     if abs(metrics.accuracy - stated) > SAME_ACCURACY:
         raise TimmHamError(f'{text}, but the card says {stated:.2%}')

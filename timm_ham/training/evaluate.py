@@ -5,16 +5,17 @@ from typing import Iterable, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
+from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
 from timm_ham.errors import TimmHamError
 from timm_ham.models.loading import load_model
-from timm_ham.training.batches import eval_batches
-from timm_ham.training.data import OpenDataset, Split, open_dataset
+from timm_ham.training.feed import eval_feed
 from timm_ham.training.processes import start_processes
+from timm_ham.training.sources import OpenDataset, open_dataset
 
-__all__ = ['Metrics', 'check_classes', 'evaluate', 'evaluate_split', 'load_for', 'measure']
+__all__ = ['Metrics', 'check_classes', 'evaluate', 'load_for', 'measure']
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,19 @@ class Metrics:
 
 
 def check_classes(name: str, model: nn.Module, data: OpenDataset) -> None:
-    """Raise a TimmHamError if the weights `name` have another number of classes than the dataset."""
+    """Raise a TimmHamError if the weights `name` have other classes than the dataset, by number or by name."""
     if model.num_classes != len(data.label_names):
         raise TimmHamError(
             f'{name} has {model.num_classes} classes, but {data.name} has {len(data.label_names)}: '
             'choose the dataset that it was trained on'
+        )
+    names = tuple(model.pretrained_cfg.get('label_names') or data.label_names)
+    differing = [pair for pair in zip(names, data.label_names) if pair[0] != pair[1]]
+    # Datasets that number their classes say nothing about which they are.
+    if differing and not all(label.isdecimal() for label in data.label_names):
+        raise TimmHamError(
+            f'{name} and {data.name} mean different classes by the same number, such as '
+            f'{differing[0][0]!r} and {differing[0][1]!r}: choose the dataset that it was trained on'
         )
 
 
@@ -59,34 +68,10 @@ def evaluate(
     return Metrics(loss=loss / images, accuracy=correct / images, images=int(images))
 
 
-def evaluate_split(
-    model: nn.Module,
-    split: Split,
-    mean: Tuple[float, ...],
-    std: Tuple[float, ...],
-    accelerator: Accelerator,
-    batch_size: int = 500,
-) -> Metrics:
-    """`evaluate` on the plain images of a split, shared among the processes, each image once.
-
-    Args:
-        model: Images (B, C, H, W) to logits (B, classes).
-        split: Images and labels on the device of the model.
-        mean: Of each channel, pixel values scaled to [0, 1].
-        std: Likewise.
-        accelerator: Knows the processes.
-        batch_size: Images in a batch of one process.
-    """
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    return evaluate(model, eval_batches(split, mean, std, batch_size, rank, processes), accelerator)
-
-
-def load_for(
-    name: str, dataset: str, image_column: Optional[str] = None, label_column: Optional[str] = None
-) -> Tuple[nn.Module, OpenDataset]:
-    """Pretrained weights, and a dataset of as many classes to measure them on; arguments and errors as of `measure`."""
+def load_for(name: str, dataset: str, *columns_and_version: Optional[str]) -> Tuple[nn.Module, OpenDataset]:
+    """Pretrained weights, and a dataset of the same classes to measure them on: `load_model` and `open_dataset`."""
     model = load_model(name)
-    data = open_dataset(dataset, image_column, label_column)
+    data = open_dataset(dataset, *columns_and_version)
     check_classes(name, model, data)
     return model, data
 
@@ -95,26 +80,34 @@ def measure(
     name: str,
     dataset: str,
     split: str = 'test',
-    batch_size: int = 500,
+    batch_size: int = 100,
     image_column: Optional[str] = None,
     label_column: Optional[str] = None,
+    dataset_config: Optional[str] = None,
+    dataset_revision: Optional[str] = None,
+    test_share: float = 0.0,
+    workers: int = 2,
 ) -> Metrics:
-    """`evaluate_split` of pretrained weights on a dataset, in float32, on the device that accelerate chooses.
+    """`evaluate` for pretrained weights on a dataset, in float32, on the device that accelerate chooses.
 
     Args:
         name: As for `load_model`.
-        dataset: As for `open_dataset`, and so are the columns.
+        dataset: As for `open_dataset`, and so are the columns, config and revision.
         split: 'test' or 'train'.
         batch_size: Images in a batch of one process.
         image_column: Found by its type if None.
         label_column: Likewise.
+        dataset_config: Of a dataset that has several.
+        dataset_revision: Of a dataset on the Hub.
+        test_share: As in Recipe.
+        workers: Processes that open images.
 
     Raises:
-        TimmHamError: If weights or dataset can't be had, or their numbers of classes differ.
+        TimmHamError: If weights or dataset can't be had, or their classes differ.
     """
-    model, data = load_for(name, dataset, image_column, label_column)
+    model, data = load_for(name, dataset, image_column, label_column, dataset_config, dataset_revision)
     start_processes()
     accelerator = Accelerator()
-    images = data.decode(split).to(accelerator.device)
-    cfg = model.pretrained_cfg
-    return evaluate_split(model.to(accelerator.device), images, cfg['mean'], cfg['std'], accelerator, batch_size)
+    part = data.part(split, test_share)
+    batches = eval_feed(part, resolve_model_data_config(model), batch_size, workers, accelerator)
+    return evaluate(model.to(accelerator.device), batches, accelerator)

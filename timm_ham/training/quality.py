@@ -19,8 +19,9 @@ from timm_ham.errors import TimmHamError
 from timm_ham.models.weights import CONFIG_FILE, HASH_KEY, read_config
 from timm_ham.training.batches import eval_batches
 from timm_ham.training.corruptions import CORRUPTION_SEED, CORRUPTIONS, corrupt
-from timm_ham.training.data import Split
+from timm_ham.training.data import Split, decode
 from timm_ham.training.evaluate import load_for
+from timm_ham.training.pipeline import eval_transform
 from timm_ham.training.run import environment
 
 __all__ = [
@@ -144,7 +145,7 @@ def measure_quality(
     model, data = load_for(str(folder), dataset, image_column, label_column)
     device = accelerator.device
     model.eval().to(device)
-    split = data.decode('test')
+    split = decode(data.part('test'), resize=eval_transform(tuple(model.pretrained_cfg['input_size'][1:])))
     result = {
         HASH_KEY: read_config(folder / CONFIG_FILE).get(HASH_KEY),
         'dataset': data.name,

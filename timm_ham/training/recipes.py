@@ -40,19 +40,60 @@ class Recipe:
     model_args: JsonObject = field(default_factory=dict)
     """Arguments for timm.create_model, such as '{"attn_kwargs": {"kernel_size": 3, "separation_rate": 0.5}}'."""
     dataset: str = 'digits'
-    """digits, cifar10, cifar100, the id of a dataset on the Hugging Face Hub, or a local folder of parquet files."""
+    """digits, cifar10, cifar100, stl10, the id of a dataset on the Hugging Face Hub, a local folder of images
+    (<class>/*.jpg, or train/<class>/*.jpg with or without val/ and test/) or of parquet files, or a .csv file with the
+    columns file_name and label beside its images."""
+    dataset_config: Optional[str] = None
+    """Config (subset) of a dataset that has several."""
+    dataset_revision: Optional[str] = None
+    """Branch, tag or commit of a dataset on the Hub."""
     image_column: Optional[str] = None
     """Column of the images; found by its type if not given."""
     label_column: Optional[str] = None
     """Column of the labels; found by its type if not given."""
     holdout: float = 0.1
-    """Share of the training split that is kept out of training, for choosing anything. The same images for any seed."""
+    """Share of the training split that is kept out of training, for choosing anything. The same images for any seed.
+    A validation split beside a test split takes its place."""
+    test_share: float = 0.0
+    """Share of all labelled images, of whatever split, that is the test part. The same images for any seed. 0: the test
+    split, or a fifth of the training split where there is none."""
+    bad_images: Literal['stop', 'skip'] = 'stop'
+    """What to do about images that can not be read: stop and name them, or warn and go on without them."""
+    image_size: Optional[int] = None
+    """Side of the images for the model, pixels. Without it images in memory keep their size, and others, and those of a
+    fine-tuning, get the size that the model's config names."""
+    in_memory: Literal['auto', 'yes', 'no'] = 'auto'
+    """Decode all images once, into memory, or let workers open each when it is needed. auto: memory for images of one
+    size of at most 128 pixels that take at most 2 GiB, if neither auto_augment nor crop_scale is asked for."""
+    workers: Optional[int] = None
+    """Processes that open images; as many as there are CPUs, at most 8, if not given."""
+    streaming: bool = False
+    """Read the dataset while training instead of downloading it first."""
+    steps_per_epoch: Optional[int] = None
+    """Steps that count as an epoch of a streamed dataset."""
     crop_padding: int = 4
     """Pixels of zero padding around an image before a random crop of its size. 0: no crop."""
     flip: bool = True
     """Random horizontal flip."""
     cutout: int = 0
     """Side of a square that is blanked at a random place of each image, pixels. 0: none."""
+    crop_scale: float = 1.0
+    """Smallest share of the image's area that a random resized crop keeps, which takes the place of the padded crop.
+    1: none."""
+    auto_augment: Optional[str] = None
+    """RandAugment, AugMix or AutoAugment as timm writes it, such as rand-m9-mstd0.5-inc1."""
+    random_erasing: float = 0.0
+    """Probability that a random rectangle of an image is blanked."""
+    mixup: float = 0.0
+    """Alpha of Mixup. 0: none. With CutMix too, each batch gets one of them."""
+    cutmix: float = 0.0
+    """Alpha of CutMix. 0: none."""
+    weights: Optional[str] = None
+    """Weights to start from, as timm-ham finetune takes them."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each layer further from the classifier."""
+    freeze: bool = False
+    """Train the classifier alone, on the features of the weights as they are."""
     epochs: int = 20
     """Passes over the training images."""
     batch_size: int = 128
@@ -124,6 +165,8 @@ PAPER = Recipe(
     decay_rate=0.2,
 )
 
+STL10 = replace(PAPER, dataset='stl10', model='resnet18_ham', test_share=0.3, batch_size=64, crop_padding=12)
+
 FAST = Recipe(
     dataset='cifar10',
     epochs=25,
@@ -143,6 +186,24 @@ RECIPES: Dict[str, Recipe] = {
     # Without an average of the weights: after the cosine it made no difference (resnet20_plain, 5 epochs, one run:
     # 82.90 % of the held-out images with ema_decay 0.999, 82.94 % without).
     'cifar_fast': FAST,
+    # Section 4.3: the 13 000 labelled images together, 7:3 in each class.
+    'stl10_paper': STL10,
+    # Photos of any size.
+    'photos': replace(
+        FAST,
+        model='resnet18_ham',
+        dataset='photos',
+        epochs=60,
+        batch_size=64,
+        learning_rate=0.1,
+        crop_padding=0,
+        crop_scale=0.35,
+        auto_augment='rand-m9-mstd0.5-inc1',
+        random_erasing=0.1,
+    ),
+    'finetune': replace(
+        FAST, dataset='digits', epochs=30, batch_size=32, learning_rate=0.02, warmup_epochs=2, layer_decay=0.8
+    ),
 }
 
 

@@ -27,8 +27,6 @@ from tqdm.auto import tqdm
 from timm_ham.errors import TimmHamError
 from timm_ham.layers import ATTENTIONS
 from timm_ham.models import ARCHITECTURES
-from timm_ham.training.batches import TrainBatches
-from timm_ham.training.cache import cached_splits
 from timm_ham.training.checkpoints import (
     DamagedError,
     finite,
@@ -41,7 +39,10 @@ from timm_ham.training.checkpoints import (
 )
 from timm_ham.training.curves import draw_curves
 from timm_ham.training.data import DataInfo
-from timm_ham.training.evaluate import Metrics, evaluate_split
+from timm_ham.training.evaluate import Metrics, evaluate
+from timm_ham.training.feed import open_feed
+from timm_ham.training.finetune import freeze, starting_cfg, starting_model, train_mode
+from timm_ham.training.mixing import Mixer
 from timm_ham.training.processes import start_processes, synchronize_batch_norms, take_buffers_of_first
 from timm_ham.training.recipes import Recipe, Saving, differences
 from timm_ham.training.run import Run, environment, write_file, writing
@@ -88,7 +89,7 @@ def build_model(recipe: Recipe, data: DataInfo) -> nn.Module:
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD; timm leaves one-dimensional parameters without weight decay unless told not to."""
+    """SGD on what is not frozen; timm leaves one-dimensional parameters without weight decay unless told not to."""
     return create_optimizer_v2(
         model,
         opt='sgd' if recipe.nesterov else 'momentum',
@@ -96,6 +97,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
         filter_bias_and_bn=not recipe.decay_norm_and_bias,
+        layer_decay=recipe.layer_decay if recipe.layer_decay != 1 else None,
     )
 
 
@@ -153,28 +155,16 @@ class Trainer:
         self.recipe, self.run, self.saving, self.tracker = recipe, run, saving, tracker
         self.accelerator = start_accelerator(recipe, run, tracker)
         set_seed(recipe.seed)
-        self.data, splits = cached_splits(recipe.dataset, recipe.holdout, recipe.image_column, recipe.label_column)
-        if self.accelerator.device.type != 'cpu':  # to 'cpu:0', as it is among several processes, would be a copy
-            splits = {name: split.to(self.accelerator.device) for name, split in splits.items()}
-        self.splits = splits
-        self.batches = TrainBatches(
-            self.splits['train'],
-            self.data.mean,
-            self.data.std,
-            min(recipe.batch_size, len(self.splits['train'])),
-            recipe.crop_padding,
-            recipe.flip,
-            recipe.cutout,
-            recipe.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        self.begun = bool(run.checkpoints())  # then the weights that it started from are needed no more
+        self.feed = open_feed(recipe, starting_cfg(recipe, run.data() if self.begun else None), self.accelerator)
+        self.data, self.batches = self.feed.data, self.feed.batches
         parts = recipe.accumulation * self.accelerator.num_processes
         if not 0 < parts <= self.batches.batch_size:
             raise TimmHamError(
                 f'{self.batches.batch_size} images in a step are not enough for accumulation {recipe.accumulation} in '
                 f'{self.accelerator.num_processes} processes: choose a larger batch_size or another accumulation'
             )
+        self.mixer = Mixer(recipe, len(self.data.label_names), self.batches.batch_size, self.accelerator)
         self.epoch = self.step = 0
         self.learning_rate, self.totals, self.seconds = 0.0, [0.0, 0.0], 0.0
         # Learning rate, and what the totals grow by, of each step since the last look.
@@ -184,7 +174,11 @@ class Trainer:
     def _build(self) -> None:
         recipe = self.recipe
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        network = build_model(recipe, self.data).to(memory_format=self.memory_format)
+        starts = recipe.weights and not self.begun
+        network = starting_model(recipe, self.data) if starts else build_model(recipe, self.data)
+        network = network.to(memory_format=self.memory_format)
+        if recipe.freeze:
+            freeze(network)
         if recipe.sync_batch_norm:
             network = synchronize_batch_norms(network, self.accelerator.device)
         self.ema: Optional[ModelEmaV3] = None
@@ -201,6 +195,11 @@ class Trainer:
         return self.ema.module if self.ema else self.accelerator.unwrap_model(self.model)
 
     @property
+    def rate(self) -> float:
+        """Learning rate of the next step: that of the classifier, the largest where it differs between layers."""
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
+    @property
     def steps(self) -> int:
         """Steps done, over all epochs."""
         return self.epoch * len(self.batches) + self.step
@@ -208,7 +207,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write all that going on needs. Random numbers are no part of it: each step draws from streams of its own."""
         if not finite(self.model):
-            raise self._not_finite('a weight', self.step, self.optimizer.param_groups[0]['lr'])
+            raise self._not_finite('a weight', self.step, self.rate)
         if self.accelerator.is_main_process:
             network = self.accelerator.unwrap_model(self.model)
             tensors = prefixed('model', network.state_dict())
@@ -260,17 +259,20 @@ class Trainer:
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One update by this process's share of a batch, float32 (b, C, H, W) and int64 (b,)."""
         stream = np.random.SeedSequence((self.recipe.seed, self.steps, self.accelerator.process_index))
-        set_seed(stream.generate_state(1).item())  # dropout and the like, the same after any stop
-        rate = self.optimizer.param_groups[0]['lr']
+        set_seed(stream.generate_state(1).item())  # of mixing, dropout and the like: the same after any stop
+        rate = self.rate
+        images, targets = self.mixer(images, labels)
         # The gradient of the mean over the whole batch, of which the mean over the processes is taken.
         scale = self.accelerator.num_processes / self.batches.batch_size
         parts = self.recipe.accumulation
         loss_and_correct = torch.zeros(2, device=self.accelerator.device)
-        for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
+        shares = zip(*(tensor.tensor_split(parts) for tensor in (images, targets, labels)))
+        for part, (x, target, y) in enumerate(shares):
             last = part == parts - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 logits = self.forward(x.contiguous(memory_format=self.memory_format))
-                loss = F.cross_entropy(logits.float(), y, label_smoothing=self.recipe.label_smoothing, reduction='sum')
+                smoothing = self.recipe.label_smoothing
+                loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing, reduction='sum')
                 self.accelerator.backward(loss * scale)
             loss_and_correct += torch.stack((loss.detach(), (logits.argmax(1) == y).sum()))
         self.optimizer.step()
@@ -288,9 +290,9 @@ class Trainer:
             StoppedError: If a signal asks for it, after a checkpoint.
             TimmHamError: If the loss is not finite, or a checkpoint can't be written.
         """
-        self.model.train()
+        train_mode(self.accelerator.unwrap_model(self.model), self.recipe.freeze)
         if self.step == 0:
-            self.learning_rate = self.optimizer.param_groups[0]['lr']
+            self.learning_rate = self.rate
         start = time.perf_counter() - self.seconds
         alone = self.accelerator.num_processes == 1
         for images, labels in self.batches.epoch(self.epoch, self.step):
@@ -337,7 +339,7 @@ class Trainer:
     def measure(self, split: str) -> Metrics:
         """Metrics of the trained network on a split, in the precision of the enclosing autocast, if any."""
         take_buffers_of_first(self.trained)
-        return evaluate_split(self.trained, self.splits[split], self.data.mean, self.data.std, self.accelerator)
+        return evaluate(self.trained, self.feed.evaluation[split](), self.accelerator)
 
     def run_epoch(self, bar: tqdm, stop: StopRequest) -> None:
         """Train an epoch to its end, measure the held-out part, write both down, draw, checkpoint."""
@@ -348,7 +350,7 @@ class Trainer:
         line.update(train_loss=self.totals[0] / images, train_accuracy=self.totals[1] / images)
         line['images_per_second'] = images / self.seconds
         start = time.perf_counter() - self.seconds
-        if 'holdout' in self.splits:
+        if 'holdout' in self.feed.evaluation:
             with self.accelerator.autocast():
                 held_out = self.measure('holdout')
             line.update(holdout_loss=held_out.loss, holdout_accuracy=held_out.accuracy)
@@ -369,6 +371,7 @@ class Trainer:
         sizes = ', '.join(f'{size} {part}' for part, size in self.data.sizes.items())
         return (
             f'{self.recipe.model}, {parameters:,} parameters, on {self.data.name} ({sizes}); '
+            f'{self.feed.where}; '
             f'{self.accelerator.num_processes} x {self.accelerator.device.type}, '
             f'precision {self.accelerator.mixed_precision.replace("no", "fp32")}'
             + (f'; after epoch {self.epoch}' if self.steps else '')
