@@ -17,7 +17,7 @@ from .hub_server import TOKENS
 
 NAME = BUNDLED.name
 UPLOADED = {'README.md', 'config.json', 'model.safetensors', 'golden.json', 'run.json', 'metrics.jsonl', 'curves.png'}
-UPLOADED |= {'quality.json', 'quality.png'}
+UPLOADED |= {'quality.json', 'quality.png', 'gradcam.png'}
 WRITER = 'hf_writer'
 
 
@@ -72,7 +72,7 @@ def test_interrupted_publishing_goes_on(hub, client, folder, step):
     puts = set(hub.lfs)
     assert client.cli(*words, token=WRITER)[0] == 0
     again = {path.rpartition('/')[2] for path in hub.sent('PUT', '/lfs/')}
-    assert not again & puts and len(again | puts) == 3  # weights, curves and quality picture, each once
+    assert not again & puts and len(again | puts) == 4  # weights and three pictures, each once
     repo = hub.repos['models', f'org/{NAME}']
     assert len(repo.commits) == 2 and list(repo.tags.values()) == [repo.branches['main']]
 
